@@ -1,0 +1,152 @@
+"""Cache: every image decoded once, at one size, never augmented, memory-mapped on disk.
+
+It lies in the user's cache folder (`REGRAFT_CACHE`), never in the data, and is keyed by content
+and decode rule: the same images in another folder find it again.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.data.dataset import Dataset, Sample, unreadable_problem, unusable
+from regraft.data.decode import Pixels, UnreadableImage, read_content, read_pixels
+from regraft.inputs import DECODER, InputSpec
+from regraft.storage import committed_folder, read_json, sha256_of, write_json
+
+CHUNK = 256  # images in flight while decoding or averaging: bounds memory, not a result
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Decoded pixels of one Dataset.
+
+    Attributes:
+        images: Memory-mapped (image, height, width, channel), uint8 or uint16, in the order of
+            `Dataset.samples`.
+        is_grey: All channels of all images are equal (grey content, however it was stored).
+    """
+
+    images: NDArray[np.uint8] | NDArray[np.uint16]
+    is_grey: bool
+
+    @classmethod
+    def build(
+        cls,
+        dataset: Dataset,
+        size: tuple[int, int],
+        channels: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> tuple["Cache", Dataset]:
+        """Decodes what no earlier run has decoded.
+
+        Returns:
+            The cache, and the dataset without the images that turned out to be broken, where the
+            user allowed to leave such images out (`--allow unreadable`).
+
+        Raises:
+            DataError: Images cannot be decoded; all of them are named.
+        """
+        folder = cache_home() / _key(dataset, size, channels)
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _fill(folder, dataset, size, channels, on_progress)
+            except _BrokenImages as found:
+                if "unreadable" not in dataset.options.allow:
+                    problem = unreadable_problem([(s.path, error) for s, error in found.broken])
+                    raise unusable(dataset.root, [problem]) from found
+                return cls.build(dataset.without(found.broken), size, channels, on_progress)
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        return cls(images, bool(read_json(folder / "cache.json")["is_grey"])), dataset
+
+    def statistics(self, rows: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns mean and standard deviation of each channel over these rows, on [0, 1]."""
+        scale = float(np.iinfo(self.images.dtype).max)
+        total, squares, pixels = 0.0, 0.0, 0
+        for start in range(0, len(rows), CHUNK):
+            chunk = self.images[rows[start : start + CHUNK]] / scale
+            total = total + chunk.sum(axis=(0, 1, 2))
+            squares = squares + (chunk**2).sum(axis=(0, 1, 2))
+            pixels += chunk[..., 0].size
+        mean = np.asarray(total) / pixels
+        # The floor keeps constant images (std 0) from dividing by nothing.
+        std = np.sqrt(np.maximum(np.asarray(squares) / pixels - mean**2, 1e-8))
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+    def with_statistics(self, inputs: InputSpec, rows: NDArray[np.int64]) -> InputSpec:
+        """Returns the specification with mean and std measured over these (training) rows."""
+        mean, std = self.statistics(rows)
+        return InputSpec(inputs.size, inputs.channels, inputs.bit_depth, mean, std, inputs.decoder)
+
+
+def cache_home() -> Path:
+    """Returns `REGRAFT_CACHE`, or `regraft` in the user's cache folder."""
+    if chosen := os.environ.get("REGRAFT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
+
+
+def _key(dataset: Dataset, size: tuple[int, int], channels: int) -> str:
+    contents = [sample.sha256 for sample in dataset.samples]
+    return sha256_of([1, DECODER, list(size), channels, dataset.bit_depth, contents])
+
+
+class _BrokenImages(Exception):
+    def __init__(self, broken: list[tuple[Sample, UnreadableImage]]) -> None:
+        super().__init__(f"{len(broken)} images")
+        self.broken = broken
+
+
+def _fill(
+    folder: Path,
+    dataset: Dataset,
+    size: tuple[int, int],
+    channels: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    def decode(sample: Sample) -> Pixels | UnreadableImage:
+        try:
+            content = read_content(dataset.root, sample.path)
+            return read_pixels(content, sample.path, size=size, channels=channels)
+        except UnreadableImage as error:
+            return error
+
+    broken = []
+    is_grey = True
+    with committed_folder(folder) as temporary:
+        images = np.lib.format.open_memmap(
+            temporary / "images.npy",
+            mode="w+",
+            dtype=np.uint16 if dataset.bit_depth == 16 else np.uint8,
+            shape=(len(dataset.samples), *size, channels),
+        )
+        for row, result in enumerate(map_in_threads(decode, dataset.samples)):
+            if isinstance(result, UnreadableImage):
+                broken.append((dataset.samples[row], result))
+            else:
+                images[row] = result
+                is_grey = is_grey and bool((result == result[..., :1]).all())
+            if on_progress is not None:
+                on_progress(row + 1, len(dataset.samples))
+        if broken:
+            raise _BrokenImages(broken)  # nothing incomplete is committed under the key
+        images.flush()
+        write_json(temporary / "cache.json", {"schema": 1, "is_grey": is_grey})
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yields the results in order; Pillow releases the interpreter lock, so all cores decode."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        iterator = iter(items)
+        while chunk := list(islice(iterator, CHUNK)):
+            yield from pool.map(function, chunk)

@@ -1,0 +1,230 @@
+"""Which files a dataset holds, and what the folder or the CSV says of each: no pixels yet."""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regraft.data.decode import IDX_ENTRY, SUFFIXES, UnreadableImage, read_idx
+from regraft.errors import DataError, UsageError, count, shorten
+
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+AMBIGUOUS_WORDS = frozenset({"eval", "evaluation"})  # test to some tools, validation to others
+LAYOUT = "one folder for each class, with or without train/val/test folders above them"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One image as the folder or the CSV names it."""
+
+    path: str
+    label: str
+    split: str | None = None
+    group: str | None = None
+
+
+@dataclass
+class Listing:
+    """All images found, everything left out (path, reason), and what is wrong."""
+
+    images: list[Listed] = field(default_factory=list)
+    excluded: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def list_folder(root: Path) -> Listing:
+    """Lists class folders, or the IDX files of a folder (MNIST's format).
+
+    Raises:
+        DataError: There is no such folder, or it has neither class folders nor IDX files.
+    """
+    if not root.exists():
+        raise DataError(f"dataset folder not found: `{root}`", hint="check the path")
+    if not root.is_dir():
+        raise DataError(
+            f"`{root}` is a file; expected a folder",
+            hint=f"give {LAYOUT}, or the folder of the images and `--csv FILE`",
+        )
+    if idx_files := sorted(root.glob("*-images-idx3-ubyte*")):
+        return _list_idx(root, idx_files)
+    folders = sorted(path for path in _visible(root) if path.is_dir())
+    words = {folder.name: folder.name.lower() for folder in folders}
+    if ambiguous := [name for name, word in words.items() if word in AMBIGUOUS_WORDS]:
+        raise DataError(
+            f"`{root / ambiguous[0]}` may mean validation or test: tools disagree",
+            hint="rename the folder to `val` or `test`",
+        )
+    split_names = [name for name, word in words.items() if word in SPLIT_WORDS]
+    if not folders:
+        _refuse_flat(root)
+    listing = Listing()
+    if not split_names:
+        _list_classes(root, root, None, listing)
+        return listing
+    if others := sorted(set(words) - set(split_names)):
+        listing.problems.append(
+            f"{shorten(others)} stand beside {shorten(split_names)}: a class or a split?"
+        )
+    if doubled := len(split_names) - len({SPLIT_WORDS[words[name]] for name in split_names}):
+        listing.problems.append(f"{shorten(split_names)}: {count(doubled, 'split')} named twice")
+    _exclude_files(root, root, listing)
+    for name in split_names:
+        _list_classes(root, root / name, SPLIT_WORDS[words[name]], listing)
+    if "train" not in {SPLIT_WORDS[words[name]] for name in split_names}:
+        listing.problems.append(f"there is no `train` folder beside {shorten(split_names)}")
+    return listing
+
+
+def list_csv(
+    root: Path, file: Path, image: str, label: str, group: str | None, split: str | None
+) -> Listing:
+    """Lists the rows of a CSV (comma, semicolon or tab); image paths are relative to `root`.
+
+    Raises:
+        UsageError: The CSV is missing or lacks a column.
+        DataError: It is not a CSV in UTF-8.
+    """
+    if not root.is_dir():
+        raise DataError(f"image folder not found: `{root}`", hint="check the path")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(
+            f"`{file}` cannot be read: {error.strerror}", hint="check `--csv`"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"`{file}` is not UTF-8: {error}", hint="save it as UTF-8") from error
+    header = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    wanted = [column for column in (image, label, group, split) if column]
+    found = reader.fieldnames or []
+    if missing := [column for column in wanted if column not in found]:
+        raise UsageError(
+            f"`{file}` has no column {shorten(missing)}; it has {shorten(found, 20)}",
+            hint="name the columns with `--image-column` and `--label-column`",
+        )
+    listing = Listing()
+    seen: set[str] = set()
+    for number, row in enumerate(reader, start=2):
+        name, label_value = (row[image] or "").strip(), (row[label] or "").strip()
+        split_value = _csv_split(row[split], number, listing) if split else None
+        if not name or not label_value:
+            listing.excluded.append((f"{file.name} row {number}", "no image or no label"))
+        elif Path(name).is_absolute() or ".." in Path(name).parts:
+            listing.problems.append(f"row {number}: `{name}` leads out of `{root}`")
+        elif name in seen:
+            listing.problems.append(f"row {number}: `{name}` is named twice")
+        else:
+            seen.add(name)
+            group_value = row[group] if group else None
+            listing.images.append(Listed(name, label_value, split_value, group_value))
+    return listing
+
+
+def list_images(paths: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Yields (root, relative path) of each image file named or below a folder named."""
+    for path in paths:
+        if path.is_dir():
+            listing = Listing()
+            for found in _walk(path, path, listing):
+                yield path, found
+        else:
+            yield path.parent, path.name
+
+
+def _list_classes(root: Path, folder: Path, split: str | None, listing: Listing) -> None:
+    _exclude_files(root, folder, listing)
+    empty = []
+    for class_folder in sorted(path for path in _visible(folder) if path.is_dir()):
+        before = len(listing.images)
+        for path in _walk(root, class_folder, listing):
+            listing.images.append(Listed(path, class_folder.name, split))
+        if len(listing.images) == before:
+            empty.append(class_folder.relative_to(root).as_posix())
+    if empty:
+        noun = count(len(empty), "class folder has", "class folders have")
+        listing.problems.append(f"{noun} no images: {shorten(empty)}")
+
+
+def _exclude_files(root: Path, folder: Path, listing: Listing) -> None:
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            listing.excluded.append((path.relative_to(root).as_posix(), "not in a class folder"))
+
+
+def _walk(root: Path, folder: Path, listing: Listing) -> Iterator[str]:
+    # followlinks=False: a link to a parent folder would count every image many times.
+    for here, folders, files in os.walk(folder, followlinks=False):
+        for name in sorted(folders):
+            path = Path(here, name)
+            if name.startswith(".") or name == "__MACOSX" or path.is_symlink():
+                reason = "linked folder" if path.is_symlink() else "hidden or system folder"
+                listing.excluded.append((path.relative_to(root).as_posix(), reason))
+                folders.remove(name)
+        folders.sort()
+        for name in sorted(files):
+            path = Path(here, name).relative_to(root).as_posix()
+            if name.startswith("."):
+                listing.excluded.append((path, "hidden file"))
+            elif Path(name).suffix.lower() not in SUFFIXES:
+                listing.excluded.append((path, "not an image by its suffix"))
+            else:
+                yield path
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name[0] != "." and path.name != "__MACOSX"]
+
+
+def _refuse_flat(root: Path) -> None:
+    flat = [path for path in _visible(root) if path.suffix.lower() in SUFFIXES]
+    found = f"{count(len(flat), 'image')} directly inside, and " if flat else ""
+    raise DataError(
+        f"`{root}` has {found}no class folders",
+        hint=f"expected {LAYOUT}: `{root.name}/cats/1.jpg`, `{root.name}/dogs/2.jpg`",
+    )
+
+
+def _csv_split(value: str | None, number: int, listing: Listing) -> str | None:
+    word = (value or "").strip().lower()
+    if word not in SPLIT_WORDS:
+        listing.problems.append(f"row {number}: split `{word}` is none of {sorted(SPLIT_WORDS)}")
+    return SPLIT_WORDS.get(word)
+
+
+def _list_idx(root: Path, image_files: list[Path]) -> Listing:
+    listing = Listing()
+    for file in image_files:
+        prefix = file.name.split("-images-")[0]
+        split = "test" if prefix == "t10k" else SPLIT_WORDS.get(prefix)
+        label_file = root / file.name.replace("-images-idx3-", "-labels-idx1-")
+        try:
+            images = read_idx(file)
+            labels = read_idx(label_file) if label_file.is_file() else None
+        except UnreadableImage as error:
+            listing.problems.append(f"`{file.name}` or its labels: {error}")
+            continue
+        if split is None:
+            listing.problems.append(f"`{file.name}`: `{prefix}` is no split that is known")
+        elif labels is None or len(labels) != len(images):
+            listing.problems.append(
+                f"`{file.name}` has {len(images)} images, `{label_file.name}` "
+                f"{'is missing' if labels is None else f'has {len(labels)} labels'}"
+            )
+        else:
+            for row, label in enumerate(labels):
+                name = f"{file.name}#{row:06d}"
+                assert IDX_ENTRY.match(name)
+                listing.images.append(Listed(name, str(label), split))
+    return listing

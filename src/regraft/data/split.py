@@ -1,0 +1,52 @@
+"""Stratified train/val/test splits by stable hash, whole groups kept together."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+SPLITS = ("train", "val", "test")
+VAL_SHARE = 0.15  # assumed: 15 % to choose the epoch,
+TEST_SHARE = 0.20  # 20 % to judge; both are stratified by class
+
+
+def assign_splits(
+    labels: Sequence[str], groups: Sequence[str], *, wanted: Sequence[str] = SPLITS
+) -> list[str]:
+    """Returns the split of each image.
+
+    Each group stands at a fixed place given by the hash of its name, and the test and validation
+    shares are filled from the front. So the answer depends on contents only, never on the order
+    of files or on a seed, and adding images moves few others.
+
+    Args:
+        labels: Class name of each image.
+        groups: What must stay together: a patient, or the content hash of a single image.
+        wanted: The splits to make; a split that the folder already has is left out.
+    """
+    classes_of: dict[str, Counter[str]] = defaultdict(Counter)
+    for label, group in zip(labels, groups, strict=True):
+        classes_of[group][label] += 1
+    totals = Counter(labels)
+    shares = {"test": TEST_SHARE, "val": VAL_SHARE}
+    room = {
+        split: {name: max(1.0, share * total) for name, total in totals.items()}
+        for split, share in shares.items()
+        if split in wanted
+    }
+    split_of: dict[str, str] = {}
+    for group in sorted(classes_of, key=_place):
+        members = classes_of[group]
+        split_of[group] = "train"
+        for split, left in room.items():
+            fits = sum(min(number, left[name]) for name, number in members.items())
+            # At least half of a group must fit: large groups may not overfill a small share.
+            if fits >= 0.5 * members.total():
+                split_of[group] = split
+                for name, number in members.items():
+                    left[name] = max(0.0, left[name] - number)
+                break
+    return [split_of[group] for group in groups]
+
+
+def _place(group: str) -> str:
+    return hashlib.sha256(b"regraft split 1\0" + group.encode("utf-8", "surrogateescape")).hexdigest()

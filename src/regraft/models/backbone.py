@@ -1,0 +1,225 @@
+"""Backbone: a network from images to features; the only file that imports timm.
+
+B batch, C channels, H height, W width, D features, N tokens.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.errors import ArtefactError, UsageError, shorten
+from regraft.inputs import InputSpec
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+class Backbone(nn.Module):
+    """Images to features: a network without its classifier, ending in global average pooling.
+
+    For a timm architecture that is `forward_features` and a mean over positions. A neck that
+    belongs to the classifier (VGG's fc6 and fc7, 119.5 of its 134.3 million parameters) is left
+    out, so any input size from the network's smallest works.
+
+    Attributes:
+        arch: A timm name, or `file.py:factory` / `package.module:factory` of the user's.
+        inputs: What it expects of an image.
+        width: Number of features, measured by one forward pass.
+        stages: Names of the tensors of each stage, from the stem to the top; together all.
+        is_random: Nothing has trained or transplanted these weights yet.
+    """
+
+    def __init__(self, arch: str, body: nn.Module, inputs: InputSpec) -> None:
+        super().__init__()
+        self.arch = arch
+        self.body = body
+        self.inputs = inputs
+        self.is_random = True
+        self.width = self._measured_width()
+        self.stages = _stages(body)
+
+    @classmethod
+    def create(cls, arch: str, inputs: InputSpec, *, seed: int = 0) -> "Backbone":
+        """Returns the architecture with weights drawn from `seed`; nothing is ever downloaded.
+
+        Raises:
+            UsageError: The architecture is unknown, or does not work at this input size.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                build = _own_network if is_own(arch) else _timm_network
+                return cls(arch, build(arch, inputs), inputs)
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            height, width = inputs.size
+            raise UsageError(
+                f"`{arch}` does not work on images of {inputs.channels} channels and "
+                f"{height}x{width} px: {str(error).splitlines()[0]}",
+                hint="try a larger `--image-size`",
+            ) from error
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Returns features_BD."""
+        forward = getattr(self.body, "forward_features", self.body)
+        maps = forward(images_BCHW)
+        if maps.ndim == 4:
+            channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
+            return maps.mean(dim=(1, 2) if channels_last else (2, 3))  # type: ignore[no-any-return]
+        if maps.ndim == 3:
+            patches_BND = maps[:, getattr(self.body, "num_prefix_tokens", 0) :]
+            return patches_BND.mean(dim=1)  # type: ignore[no-any-return]
+        return maps  # type: ignore[no-any-return]
+
+    def resized(self, size: tuple[int, int]) -> "Backbone":
+        """Returns a copy for another input size; position embeddings are interpolated by timm."""
+        body = deepcopy(self.body)
+        if size != self.inputs.size and hasattr(body, "set_input_size"):
+            body.set_input_size(img_size=size)
+        resized = Backbone(self.arch, body, replace(self.inputs, size=size))
+        resized.is_random = self.is_random
+        return resized
+
+    def stage_modules(self, stage: int) -> Iterator[nn.Module]:
+        """Yields the modules that own tensors of one stage."""
+        names = {name.rpartition(".")[0] for name in self.stages[stage]}
+        for name, module in self.named_modules():
+            if name in names:
+                yield module
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def normalisation(self) -> str:
+        """`batch`, `other` (layer or group) or `none`: what sets sensible learning rates."""
+        found = [module for module in self.modules() if isinstance(module, NORMS)]
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in found):
+            return "batch"
+        return "other" if found else "none"
+
+    def _measured_width(self) -> int:
+        height, width = self.inputs.size
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            features = self(torch.zeros(2, self.inputs.channels, height, width))
+        self.train(was_training)
+        if not isinstance(features, Tensor) or features.ndim != 2 or 0 in features.shape:
+            raise ValueError(f"gives {getattr(features, 'shape', type(features))}, not features")
+        return int(features.shape[1])
+
+
+def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
+    import timm
+
+    if not timm.is_model(arch):
+        close = timm.list_models(f"*{arch}*")[:3] or timm.list_models(f"{arch[:5]}*")[:3]
+        raise UsageError(
+            f"timm has no architecture `{arch}`",
+            hint=f"perhaps {shorten(close)}" if close else "for your own write `file.py:factory`",
+        )
+    body = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=inputs.channels)
+    if hasattr(body, "set_input_size"):
+        body.set_input_size(img_size=inputs.size)
+    _drop_unused(body, inputs)
+    return body
+
+
+def _drop_unused(body: nn.Module, inputs: InputSpec) -> None:
+    """Replaces the children that `forward_features` never calls: they belong to the classifier."""
+    called: set[str] = set()
+    hooks = [
+        child.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in body.named_children()
+        for child in module.modules()
+    ]
+    body.eval()
+    with torch.no_grad():
+        body.forward_features(torch.zeros(1, inputs.channels, *inputs.size))  # type: ignore[operator]
+    body.train()
+    for hook in hooks:
+        hook.remove()
+    for name, module in list(body.named_children()):
+        if name not in called and any(True for _ in module.parameters()):
+            setattr(body, name, nn.Identity())
+
+
+def _own_network(arch: str, inputs: InputSpec) -> nn.Module:
+    factory = _factory(arch)
+    body = factory(inputs.channels)
+    if not isinstance(body, nn.Module):
+        raise UsageError(
+            f"`{arch}` returned {type(body).__name__}; expected a torch.nn.Module",
+            hint="write `def factory(channels): return nn.Sequential(...)`, images to features",
+        )
+    return body
+
+
+def _factory(arch: str) -> Callable[[int], Any]:
+    place, _, name = arch.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, name)  # type: ignore[no-any-return]
+    except (OSError, ImportError, AttributeError) as error:
+        raise UsageError(
+            f"`{arch}` cannot be loaded: {error}",
+            hint="write `path/to/file.py:factory` or `package.module:factory`",
+        ) from error
+
+
+def is_own(arch: str) -> bool:
+    """Whether the architecture is code of the user's rather than a name that timm knows."""
+    return ":" in arch
+
+
+def refuse_unnamed_code(saved: str, named: str | None) -> str:
+    """Returns the architecture to build for a saved one; own code must be named again.
+
+    Raises:
+        ArtefactError: The artefact would import code that the user has not named now.
+    """
+    if not is_own(saved) or named is not None:
+        return named or saved
+    raise ArtefactError(
+        f"the model was built by `{saved}`, and code named in a file is never run unasked",
+        hint=f"name it again: `--arch {saved}`",
+    )
+
+
+def _stages(body: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups the tensors of a network, from the stem to the top.
+
+    timm names the module that ends each stage (`feature_info`); a user's network is cut at its
+    top-level children. Tensors after the last boundary belong to the last stage.
+    """
+    tensors = list(body.state_dict())
+    info = getattr(body, "feature_info", None)
+    if info is None:
+        ends = [name for name, _ in body.named_children()]
+    else:
+        ends = [entry["module"] for entry in getattr(info, "info", info)]
+    order = {name: position for position, (name, _) in enumerate(body.named_modules())}
+    last_of = {
+        end: max(place for name, place in order.items() if f"{name}.".startswith(f"{end}."))
+        for end in ends
+    }
+    groups: list[list[str]] = [[] for _ in ends] or [[]]
+    for tensor in tensors:
+        place = order[tensor.rpartition(".")[0]]
+        # A tensor of the network itself (a position embedding) has place 0: the stem.
+        stage = next((i for i, end in enumerate(ends) if place <= last_of[end]), len(groups) - 1)
+        groups[stage].append(f"body.{tensor}")
+    return tuple(tuple(group) for group in groups if group)
