@@ -1,7 +1,7 @@
 """InputSpec: what a network expects of an image. Plain data, no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from regraft.errors import ArtefactError
@@ -21,7 +21,7 @@ class InputSpec:
     Attributes:
         size: (height, width) in pixels.
         channels: 1 for grey, 3 for RGB, n for others.
-        bit_depth: 8 or 16; pixel values are scaled to [0, 1] by 255 or 65535.
+        bit_depth: 8 or 16 in the first training; values are scaled to [0, 1] by 255 or 65535.
         mean: Of each channel on the [0, 1] scale, over the training split of the dataset that
             the weights were first trained on; empty until measured.
         std: Likewise.
@@ -35,9 +35,14 @@ class InputSpec:
     std: tuple[float, ...] = ()
     decoder: str = DECODER
 
-    @property
-    def largest_value(self) -> int:
-        return int(2**self.bit_depth - 1)
+    def with_channels(self, channels: int) -> "InputSpec":
+        """Returns the specification for another number of channels: their mean and std averaged."""
+        if channels == self.channels:
+            return self
+        mean, std = sum(self.mean) / len(self.mean), sum(self.std) / len(self.std)
+        return replace(
+            self, channels=channels, mean=(mean,) * channels, std=(std,) * channels
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -84,6 +84,10 @@ def write_json(path: Path, document: Any) -> None:
 def to_json(document: Any, indent: int | None = None) -> str:
     # ensure_ascii keeps undecodable file names (surrogates) inside valid UTF-8.
     return json.dumps(document, indent=indent, allow_nan=False, ensure_ascii=True)
+
+
+def to_json_lines(documents: Iterable[Any]) -> str:
+    return "".join(to_json(document) + "\n" for document in documents)
 
 
 def read_json(path: Path) -> Any:

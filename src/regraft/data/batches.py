@@ -58,7 +58,8 @@ def normalised(images: Images, rows: Rows, inputs: InputSpec, device: torch.devi
     # uint16 has few torch operations; float32 holds each of its values exactly.
     chosen = images[rows].astype(np.float32) if images.dtype == np.uint16 else images[rows]
     images_BHWC = torch.from_numpy(chosen).to(device, torch.float32)
-    mean = torch.tensor(inputs.mean, device=device) * inputs.largest_value
-    std = torch.tensor(inputs.std, device=device) * inputs.largest_value
+    largest = float(np.iinfo(images.dtype).max)
+    mean = torch.tensor(inputs.mean, device=device) * largest
+    std = torch.tensor(inputs.std, device=device) * largest
     # The permuted view is channels-last already: no copy.
     return ((images_BHWC - mean) / std).permute(0, 3, 1, 2)

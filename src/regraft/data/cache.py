@@ -7,7 +7,7 @@ and decode rule: the same images in another folder find it again.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -86,7 +86,7 @@ class Cache:
     def with_statistics(self, inputs: InputSpec, rows: NDArray[np.int64]) -> InputSpec:
         """Returns the specification with mean and std measured over these (training) rows."""
         mean, std = self.statistics(rows)
-        return InputSpec(inputs.size, inputs.channels, inputs.bit_depth, mean, std, inputs.decoder)
+        return replace(inputs, mean=mean, std=std)
 
 
 def cache_home() -> Path:

@@ -91,8 +91,16 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, root: str | Path, options: DataOptions | None = None) -> "Dataset":
+    def open(
+        cls, root: str | Path, options: DataOptions | None = None, *, whole: bool = False
+    ) -> "Dataset":
         """Reads every file once (hash and header) and splits the images.
+
+        Args:
+            root: The folder.
+            options: How to read it.
+            whole: For evaluation: nothing is split or limited, and images without a split of
+                their own are test images.
 
         Raises:
             DataError: The folder cannot be used; all its problems at once.
@@ -104,7 +112,7 @@ class Dataset:
                 f"`--allow` does not know {shorten(sorted(unknown))}",
                 hint=f"it takes {shorten(ALLOWABLE)}",
             )
-        return _Reading(root, options).dataset()
+        return _Reading(root, options, whole).dataset()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,6 +157,7 @@ class _Reading:
 
     root: Path
     options: DataOptions
+    whole: bool
     listing: Listing = field(default_factory=Listing)
     notes: list[str] = field(default_factory=list)
 
@@ -158,12 +167,18 @@ class _Reading:
         self._refuse_problems()
         images, hashes, headers = self._read_headers()
         channels, bit_depth = self._common_form(images, headers)
-        self._check_classes(images)
+        if not self.whole:
+            self._check_classes(images)
         self._refuse_problems()
         images = self._group(images)
-        samples = self._split(images, hashes)
-        samples = self._limit(samples)
-        self._check_splits(samples)
+        if self.whole:
+            samples = [
+                Sample(image.path, image.label, image.split or "test", sha256, image.group)
+                for image, sha256 in zip(images, hashes, strict=True)
+            ]
+        else:
+            samples = self._limit(self._split(images, hashes))
+            self._check_splits(samples)
         self._refuse_problems()
         return Dataset(
             root=self.root,

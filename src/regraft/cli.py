@@ -1,0 +1,573 @@
+"""Arguments to verbs, results to stdout, errors to stderr: the only file that prints or exits.
+
+torch is imported by the verbs, inside the commands: `regraft --help` answers at once.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from regraft.errors import RegraftError, UsageError, count
+
+if TYPE_CHECKING:
+    from regraft.data.dataset import DataOptions, Dataset
+    from regraft.engine import Engine
+    from regraft.training.recipe import Recipe
+
+app = App(
+    name="regraft",
+    help="Train image classifiers from your own images, carry the weights over to other classes, "
+    "and learn whether that helped. No weights of anybody else are ever used.",
+    version=f"regraft {version('regraft')}",
+)
+DATA = Group("Data", sort_key=1)
+TRAINING = Group("Training", sort_key=2)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DataArguments:
+    """The same wherever DATA stands."""
+
+    csv: Annotated[Path | None, Parameter(group=DATA)] = None
+    """A CSV that names images (relative to DATA) and labels, instead of class folders."""
+    image_column: Annotated[str, Parameter(group=DATA)] = "image"
+    """Column of image paths."""
+    label_column: Annotated[str, Parameter(group=DATA)] = "label"
+    """Column of class names."""
+    group_column: Annotated[str | None, Parameter(group=DATA)] = None
+    """Column of groups (patients); a group is never divided between splits."""
+    split_column: Annotated[str | None, Parameter(group=DATA)] = None
+    """Column of splits: train, val, test."""
+    group_regex: Annotated[str | None, Parameter(group=DATA)] = None
+    """Groups from file names: the first parenthesis, e.g. '^([^_]+)_'."""
+    relabel: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    """New classes from old ones: even=0,2,4,6,8 (once for each class)."""
+    per_class: Annotated[int | None, Parameter(group=DATA)] = None
+    """At most this many training and this many validation images of a class."""
+    allow: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    """Findings to accept: `unreadable` leaves broken files out, `leak` copies across splits."""
+
+    def options(self) -> "DataOptions":
+        from regraft.data.dataset import DataOptions
+
+        return DataOptions(**vars(self))
+
+    def open(self, data: Path) -> "Dataset":
+        from regraft.data.dataset import Dataset
+
+        return Dataset.open(data, self.options())
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TrainingArguments:
+    """What a training takes; every other choice is a key of the recipe."""
+
+    recipe: Annotated[Path | None, Parameter(group=TRAINING)] = None
+    """A recipe file (see `regraft recipe`)."""
+    set: Annotated[tuple[str, ...], Parameter(group=TRAINING, negative="")] = ()
+    """A recipe key, as key=value; may be repeated."""
+    epochs: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Passes over the training images."""
+    lr: Annotated[float | None, Parameter(group=TRAINING)] = None
+    """Peak learning rate."""
+    batch_size: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Images in one step."""
+    image_size: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Side of the square input in pixels."""
+    augment: Annotated[str | None, Parameter(group=TRAINING)] = None
+    """none, gentle or natural."""
+    seed: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Of weights, order and augmentation."""
+    device: Annotated[str, Parameter(group=TRAINING)] = "auto"
+    """auto, cpu, cuda, cuda:0 or mps."""
+
+    def settled(self, default: "Recipe") -> "Recipe":
+        from regraft.training.recipe import Recipe, parse_assignments
+
+        chosen = default if self.recipe is None else Recipe.from_toml(self.recipe)
+        own = {name: getattr(self, name) for name in ("epochs", "lr", "batch_size", "seed")}
+        own |= {"image_size": self.image_size, "augment": self.augment}
+        changes = {key: value for key, value in own.items() if value is not None}
+        return chosen.changed(parse_assignments(self.set) | changes)
+
+    def engine(self) -> "Engine":
+        from regraft.engine import Engine
+
+        return Engine(self.device)
+
+
+@app.command
+def pretrain(
+    data: Path,
+    /,
+    *,
+    out: Path,
+    arch: str = "vgg16_bn",
+    reading: DataArguments = DataArguments(),
+    training: TrainingArguments = TrainingArguments(),
+) -> None:
+    """Train a whole network on your images, from random weights.
+
+    Parameters
+    ----------
+    data
+        Folder of class folders, with or without train/val/test above them.
+    out
+        Folder of the Run; new.
+    arch
+        Any architecture of timm, or your own network as file.py:factory.
+    """
+    from regraft import api
+    from regraft.training.recipe import Recipe
+
+    with _progress() as told:
+        run = api.pretrain(
+            reading.open(data),
+            out=out,
+            arch=arch,
+            recipe=training.settled(Recipe.scratch()),
+            engine=training.engine(),
+            on_progress=told,
+        )
+    _finished(run.folder, run.status, data)
+
+
+@app.command
+def finetune(
+    data: Path,
+    /,
+    *,
+    out: Path,
+    start: Path | None = None,
+    strategy: str | None = None,
+    arch: str | None = None,
+    adapt: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    reading: DataArguments = DataArguments(),
+    training: TrainingArguments = TrainingArguments(),
+) -> None:
+    """Carry trained weights over to other images and classes.
+
+    Parameters
+    ----------
+    data
+        The new images, in class folders.
+    out
+        Folder of the Run; new.
+    start
+        The Run whose backbone is carried over.
+    strategy
+        lp-ft (default): the head, then everything gently; head; last:<n>; or full.
+    arch
+        Only to name your own network again (file.py:factory).
+    adapt
+        Exceptions from the exact merge: `channels`, or new:<pattern>.
+    """
+    from regraft import api
+
+    _refuse_no_start(start, strategy or "lp-ft")
+    assert start is not None
+    with _progress() as told:
+        run = api.finetune(
+            reading.open(data),
+            out=out,
+            start=start,
+            arch=arch,
+            recipe=_transfer_recipe(strategy, training),
+            adapt=adapt,
+            engine=training.engine(),
+            on_progress=told,
+        )
+    _finished(run.folder, run.status, data)
+
+
+@app.command
+def compare(
+    data: Path,
+    /,
+    *,
+    out: Path,
+    start: Path,
+    seeds: int = 6,
+    metric: str = "balanced_accuracy",
+    strategy: str | None = None,
+    arch: str | None = None,
+    adapt: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    reading: DataArguments = DataArguments(),
+    training: TrainingArguments = TrainingArguments(),
+) -> None:
+    """Did the transfer help? Train it and a from-scratch control over several seeds, and judge.
+
+    Parameters
+    ----------
+    data
+        The new images, in class folders.
+    out
+        Folder of the comparison; new.
+    start
+        The Run whose backbone is carried over.
+    seeds
+        Trainings of each arm.
+    metric
+        What is compared: balanced_accuracy, accuracy, macro_f1, auroc, nll or ece.
+    strategy
+        As for finetune.
+    arch
+        As for finetune.
+    adapt
+        As for finetune.
+    json_
+        Print one JSON document.
+    """
+    from regraft import api
+
+    with _progress() as told:
+        comparison = api.compare(
+            reading.open(data),
+            out=out,
+            start=start,
+            seeds=seeds,
+            metric=metric,
+            arch=arch,
+            recipe=_transfer_recipe(strategy, training),
+            adapt=adapt,
+            engine=training.engine(),
+            on_progress=told,
+        )
+    if json_:
+        _print_json(comparison)
+        return
+    print_comparison(comparison)
+    print(f"\nreport: {out / 'report.html'}")
+
+
+@app.command
+def evaluate(
+    run: Path,
+    data: Path,
+    /,
+    *,
+    split: str = "test",
+    arch: str | None = None,
+    device: str = "auto",
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    reading: DataArguments = DataArguments(),
+) -> None:
+    """Judge a Run on its own test images, found by content, or on images it has never seen.
+
+    Parameters
+    ----------
+    run
+        Folder of the Run.
+    data
+        Its dataset, wherever that lies now, or another one with the same class names.
+    split
+        test or val.
+    arch
+        Only to name your own network again (file.py:factory).
+    device
+        auto, cpu, cuda, cuda:0 or mps.
+    json_
+        Print one JSON document.
+    """
+    from regraft import api
+    from regraft.data.dataset import Dataset
+    from regraft.engine import Engine
+    from regraft.run import Run
+
+    options = reading.options()
+    kept = Run.open(run).record["data"]["options"]
+    if not options.relabel:
+        options = DataArguments(**(vars(reading) | {"relabel": tuple(kept["relabel"])})).options()
+    with _progress() as told:
+        dataset = Dataset.open(data, options, whole=True)
+        document = api.evaluate(
+            run, dataset, split=split, arch=arch, engine=Engine(device), on_progress=told
+        )
+    if json_:
+        _print_json(document)
+        return
+    _print_evaluation(document)
+    print(f"\nnext: regraft report {run} --out {run / 'report.html'}")
+
+
+@app.command
+def predict(
+    run: Path,
+    images: Annotated[list[Path], Parameter(allow_leading_hyphen=False)],
+    /,
+    *,
+    out: Path | None = None,
+    arch: str | None = None,
+    device: str = "auto",
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Classify image files and folders. Broken files become rows with a reason, and exit code 3.
+
+    Parameters
+    ----------
+    run
+        Folder of the Run.
+    images
+        Image files or folders.
+    out
+        A CSV to write; otherwise it goes to stdout.
+    arch
+        Only to name your own network again (file.py:factory).
+    device
+        auto, cpu, cuda, cuda:0 or mps.
+    json_
+        Print one JSON document instead of CSV.
+    """
+    from regraft import api
+    from regraft.engine import Engine
+    from regraft.evaluation.predictions import to_csv, to_records
+    from regraft.storage import write_text
+
+    with _progress() as told:
+        table, broken = api.predict(
+            run, images, arch=arch, engine=Engine(device), on_progress=told
+        )
+    if json_:
+        _print_json({"predictions": to_records(table, broken)})
+    elif out is None:
+        sys.stdout.write(to_csv(table, broken).replace("\r\n", "\n"))
+    if out is not None:
+        write_text(out, to_csv(table, broken))
+        _tell(f"{count(len(table.paths) if table else 0, 'prediction')} in {out}")
+    if broken:
+        _tell(f"{count(len(broken), 'file')} could not be read; see the column `error`")
+        sys.exit(3)
+
+
+@app.command
+def report(folders: list[Path], /, *, out: Path) -> None:
+    """Write one self-contained HTML page about Runs and comparisons.
+
+    Parameters
+    ----------
+    folders
+        Folders of Runs, or of a comparison.
+    out
+        The page to write.
+    """
+    from regraft import api
+
+    print(api.report(folders, out=out))
+
+
+@app.command
+def recipe(goal: str, /) -> None:
+    """Print a recipe with a comment on every key, to edit and give to `--recipe`.
+
+    Parameters
+    ----------
+    goal
+        scratch, or transfer.
+    """
+    from regraft.training.recipe import Recipe
+
+    made: dict[str, Callable[[], Recipe]] = {"scratch": Recipe.scratch, "transfer": Recipe.transfer}
+    if goal not in made:
+        raise UsageError(f"there is no recipe `{goal}`", hint="use `scratch` or `transfer`")
+    print(made[goal]().to_toml())
+
+
+@app.command
+def demo(*, out: Path = Path("regraft-demo"), seeds: int = 6) -> None:
+    """The whole story on handwritten digits that come with scikit-learn, in about two minutes.
+
+    Parameters
+    ----------
+    out
+        Folder for its images, Runs and report; new.
+    seeds
+        Trainings of each arm.
+    """
+    from regraft.demo import tell_story
+
+    with _progress() as told:
+        comparison = tell_story(out, seeds, told)
+    print_comparison(comparison)
+    print(f"\nreport: {out / 'report.html'}")
+    print("next:   regraft pretrain YOUR_IMAGES --out runs/source")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs a command line and exits: 0 done, otherwise as the error says."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stderr.reconfigure(errors="backslashreplace")
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        tokens = [argument for argument in given if argument != "--debug"]
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except RegraftError as error:
+        _print_error(error)
+        if debug:
+            traceback.print_exc()
+        sys.exit(error.exit_code)
+    except CycloptsError as error:
+        _print_error(_as_usage_error(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _tell("stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _transfer_recipe(strategy: str | None, training: TrainingArguments) -> "Recipe":
+    from regraft.training.recipe import Recipe
+
+    if strategy is not None and training.recipe is not None:
+        raise UsageError(
+            "`--strategy` and `--recipe` both say what learns", hint="give one of them"
+        )
+    return training.settled(Recipe.transfer(strategy or "lp-ft"))
+
+
+def _refuse_no_start(start: Path | None, strategy: str) -> None:
+    if start is not None:
+        return
+    frozen = "" if strategy == "full" else (
+        f": `--strategy {strategy}` would train a head on a frozen random backbone, which has "
+        "learned nothing and never will"
+    )
+    raise UsageError(
+        f"there is no `--start` to carry over{frozen}",
+        hint="give the Run to start from with `--start RUN`, or train from random weights with "
+        "`regraft pretrain`",
+    )
+
+
+def _finished(folder: Path, status: dict[str, Any], data: Path) -> None:
+    print(f"run: {folder} (best epoch {status['best_epoch']})")
+    print(f"next: regraft evaluate {folder} {data}")
+
+
+def print_comparison(comparison: dict[str, Any]) -> None:
+    metric = comparison["metric"].replace("_", " ")
+    print(f"\nDid the transfer help?  {comparison['verdict'].upper()}")
+    print(
+        f"{metric}: {comparison['difference']:+.3f} over training from scratch, 95 % interval "
+        f"{comparison['low']:+.3f} to {comparison['high']:+.3f}"
+    )
+    print(
+        f"{count(comparison['num_seeds'], 'seed')}, {count(comparison['num_images'], 'test image')}; "
+        f"the least difference this test set can show is {comparison['least_detectable']:.3f}\n"
+    )
+    print(f"{'test images':<34}accuracy         balanced accuracy")
+    for arm, label in ARMS.items():
+        values = comparison["arms"][arm]
+        shown = [_mean_and_spread(values[name]) for name in ("accuracy", "balanced_accuracy")]
+        print(f"{label:<34}{shown[0]:<17}{shown[1]}")
+
+
+ARMS = {
+    "transfer": "transferred and fine-tuned",
+    "scratch": "trained from scratch",
+    "probe_transplanted": "linear probe, transferred features",
+    "probe_random": "linear probe, random features",
+}
+
+
+def _mean_and_spread(values: dict[str, Any]) -> str:
+    spread = "" if values["std"] is None else f" +- {values['std']:.3f}"
+    return f"{values['mean']:.3f}{spread}"
+
+
+def _print_evaluation(document: dict[str, Any]) -> None:
+    print(f"{count(document['n'], 'image')}, split {document['split']}; 95 % bootstrap intervals")
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll", "ece"):
+        value = document[name]
+        print(f"{name:<18} {value['value']:.4f}  {value['low']:.4f} to {value['high']:.4f}")
+    print(f"\n{'class':<24} {'n':>6}  precision  recall  f1")
+    for row in document["per_class"]:
+        numbers = [row["precision"], row["recall"], row["f1"]]
+        shown = ["  -  " if number is None else f"{number:.3f}" for number in numbers]
+        print(f"{row['class']:<24} {row['n']:>6}  {shown[0]:<9}  {shown[1]}   {shown[2]}")
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, allow_nan=False, indent=2))
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_error(error: RegraftError) -> None:
+    _tell(f"error: {error}")
+
+
+def _as_usage_error(error: CycloptsError) -> UsageError:
+    text = " ".join(str(error).split())
+    return UsageError(text, hint="`regraft COMMAND --help` shows what it takes")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Any], None]]:
+    """Yields what shows progress on stderr: a bar on a terminal, one line an epoch elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield _Teller(console, bars)
+
+
+class _Teller:
+    """Shows the records of long work."""
+
+    def __init__(self, console: Any, bars: Any) -> None:
+        self.console = console
+        self.bars = bars
+        self.task: Any = None
+        self.what = ""
+
+    def __call__(self, record: Any) -> None:
+        from regraft.progress import Counting, Note, duration
+        from regraft.training.loop import Epoch, Step
+
+        if isinstance(record, Note):
+            self.console.print(record.text, markup=False)
+        elif isinstance(record, Counting):
+            self._advance(record.what, record.done, record.total, f"{record.done}/{record.total}")
+        elif isinstance(record, Step):
+            told = (
+                f"loss {record.loss:.3f}  {record.images_per_s:.0f} images/s  "
+                f"{duration(record.left_s)} left"
+            )
+            what = f"epoch {record.epoch}/{record.num_epochs}"
+            self._advance(what, record.step, record.num_steps, told)
+        elif isinstance(record, Epoch):
+            self.console.print(
+                f"epoch {record.epoch}/{record.num_epochs}  {record.learns:<6} "
+                f"loss {record.train_loss:.4f}  val loss {record.val_loss:.4f}  "
+                f"val balanced accuracy {record.val_balanced_accuracy:.3f}"
+                f"{'  best' if record.is_best else ''}",
+                markup=False,
+            )
+
+    def _advance(self, what: str, done: int, total: int, told: str) -> None:
+        if self.task is None:
+            self.task = self.bars.add_task(what, total=total, told=told)
+        self.bars.update(self.task, description=what, completed=done, total=total, told=told)
+        if done == total:
+            self.bars.remove_task(self.task)
+            self.task = None

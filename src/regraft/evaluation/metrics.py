@@ -1,0 +1,191 @@
+"""How good predictions are, with bootstrap intervals. Pure numpy; the tests hold scikit-learn up.
+
+Every metric is a function of weights_RN (R resamples of N images): the value itself has one row of
+ones, the interval has a row of counts for each bootstrap resample. N images, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.evaluation.predictions import Predictions
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000  # assumed enough: the 2.5 % tail then holds 50 resamples
+ECE_BINS = 15  # Guo et al. 2017, arXiv:1706.04599
+CHUNK = 100  # resamples at a time: bounds memory
+SEED = 20261123  # of the bootstrap: the same predictions always give the same interval
+
+
+def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
+    """Returns every metric as {value, low, high}, the confusion matrix and a table per class."""
+    assert predictions.truth is not None
+    document: dict[str, Any] = {"n": len(predictions.paths)}
+    metrics = {name: metric(predictions) for name, metric in METRICS.items()}
+    draws: dict[str, list[Array]] = {name: [] for name in metrics}
+    for weights_RN in bootstrap_weights(predictions.truth, predictions.groups, RESAMPLES):
+        for name, metric in metrics.items():
+            draws[name].append(metric(weights_RN))
+    ones = np.ones((1, len(predictions.paths)))
+    for name, metric in metrics.items():
+        low, high = np.nanpercentile(np.concatenate(draws[name]), [2.5, 97.5])
+        document[name] = {"value": float(metric(ones)[0]), "low": float(low), "high": float(high)}
+    confusion = _confusion(predictions, ones)[0]
+    document["class_names"] = list(predictions.class_names)
+    document["confusion"] = confusion.astype(int).tolist()
+    document["per_class"] = _per_class(predictions.class_names, confusion)
+    return document
+
+
+def point(predictions: Predictions, name: str) -> float:
+    """Returns the value of one metric."""
+    return float(METRICS[name](predictions)(np.ones((1, len(predictions.paths))))[0])
+
+
+def log_losses(probabilities_NK: Array, truth: NDArray[np.int64]) -> Array:
+    """Returns the negative log-likelihood of each image."""
+    chosen = probabilities_NK[np.arange(len(truth)), truth]
+    losses: Array = -np.log(np.maximum(chosen, np.finfo(np.float64).tiny))
+    return losses
+
+
+def bootstrap_weights(
+    truth: NDArray[np.int64], groups: tuple[str, ...] | None, resamples: int
+) -> "list[Array]":
+    """Returns chunks of weights_RN: how often each image is drawn in each resample.
+
+    Without groups the draw is stratified by class; with groups whole groups are drawn, since the
+    images of one patient are not independent.
+    """
+    generator = np.random.default_rng(SEED)
+    chunks = []
+    for start in range(0, resamples, CHUNK):
+        rows = min(CHUNK, resamples - start)
+        weights_RN = np.zeros((rows, len(truth)))
+        if groups is not None:
+            names, member = np.unique(np.array(groups), return_inverse=True)
+            share = np.full(len(names), 1 / len(names))
+            weights_RN = generator.multinomial(len(names), share, rows)[:, member].astype(float)
+        else:
+            for label in np.unique(truth):
+                own = np.flatnonzero(truth == label)
+                share = np.full(len(own), 1 / len(own))
+                weights_RN[:, own] = generator.multinomial(len(own), share, rows)
+        chunks.append(weights_RN)
+    return chunks
+
+
+def _accuracy(predictions: Predictions) -> Callable[[Array], Array]:
+    correct = (predictions.predicted == predictions.truth).astype(float)
+    return lambda weights_RN: _mean(weights_RN, correct)
+
+
+def _balanced_accuracy(predictions: Predictions) -> Callable[[Array], Array]:
+    def metric(weights_RN: Array) -> Array:
+        confusion = _confusion(predictions, weights_RN)
+        with np.errstate(invalid="ignore"):
+            recall = np.diagonal(confusion, axis1=1, axis2=2) / confusion.sum(axis=2)
+        return _nanmean(recall)
+
+    return metric
+
+
+def _macro_f1(predictions: Predictions) -> Callable[[Array], Array]:
+    def metric(weights_RN: Array) -> Array:
+        confusion = _confusion(predictions, weights_RN)
+        hits = np.diagonal(confusion, axis1=1, axis2=2)
+        total = confusion.sum(axis=1) + confusion.sum(axis=2)
+        with np.errstate(invalid="ignore"):
+            return _nanmean(np.where(total > 0, 2 * hits / total, np.nan))
+
+    return metric
+
+
+def _auroc(predictions: Predictions) -> Callable[[Array], Array]:
+    """One class against the rest, averaged over the classes; ties count half."""
+    truth, scores_NK = predictions.truth, predictions.probabilities
+
+    def of_class(label: int, weights_RN: Array) -> Array:
+        values, place = np.unique(scores_NK[:, label], return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        # Sums over ties, then over all that score lower.
+        starts = np.searchsorted(place[order], np.arange(len(values)))
+        is_class = (truth == label).astype(float)
+        positive = np.add.reduceat((weights_RN * is_class)[:, order], starts, axis=1)
+        negative = np.add.reduceat((weights_RN * (1 - is_class))[:, order], starts, axis=1)
+        below = np.cumsum(negative, axis=1) - negative / 2
+        pairs = positive.sum(axis=1) * negative.sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(pairs > 0, (positive * below).sum(axis=1) / pairs, np.nan)
+
+    present = [label for label in range(scores_NK.shape[1]) if (truth == label).any()]
+    # With two classes both give the same area.
+    labels = [1] if scores_NK.shape[1] == 2 and len(present) == 2 else present
+    return lambda weights_RN: _nanmean(
+        np.stack([of_class(label, weights_RN) for label in labels], axis=1)
+    )
+
+
+def _nll(predictions: Predictions) -> Callable[[Array], Array]:
+    assert predictions.truth is not None
+    losses = log_losses(predictions.probabilities, predictions.truth)
+    return lambda weights_RN: _mean(weights_RN, losses)
+
+
+def _ece(predictions: Predictions) -> Callable[[Array], Array]:
+    confidence = predictions.probabilities.max(axis=1)
+    correct = (predictions.predicted == predictions.truth).astype(float)
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    gap_NB = np.zeros((len(bins), ECE_BINS))
+    gap_NB[np.arange(len(bins)), bins] = confidence - correct
+    return lambda weights_RN: np.abs(weights_RN @ gap_NB).sum(axis=1) / weights_RN.sum(axis=1)
+
+
+METRICS: dict[str, Callable[[Predictions], Callable[[Array], Array]]] = {
+    "accuracy": _accuracy,
+    "balanced_accuracy": _balanced_accuracy,
+    "macro_f1": _macro_f1,
+    "auroc": _auroc,
+    "nll": _nll,
+    "ece": _ece,
+}
+
+
+def _confusion(predictions: Predictions, weights_RN: Array) -> Array:
+    """Returns RxKxK: rows are the truth, columns what was predicted."""
+    number = len(predictions.class_names)
+    assert predictions.truth is not None
+    cells = predictions.truth * number + predictions.predicted
+    one_hot = np.zeros((len(cells), number * number))
+    one_hot[np.arange(len(cells)), cells] = 1.0
+    return (weights_RN @ one_hot).reshape(-1, number, number)
+
+
+def _per_class(names: tuple[str, ...], confusion: Array) -> list[dict[str, Any]]:
+    table = []
+    for label, name in enumerate(names):
+        hits, shown, said = confusion[label, label], confusion[label].sum(), confusion[:, label].sum()
+        table.append(
+            {
+                "class": name,
+                "n": int(shown),
+                "precision": float(hits / said) if said else None,
+                "recall": float(hits / shown) if shown else None,
+                "f1": float(2 * hits / (shown + said)) if shown + said else None,
+            }
+        )
+    return table
+
+
+def _mean(weights_RN: Array, values: Array) -> Array:
+    mean: Array = weights_RN @ values / weights_RN.sum(axis=1)
+    return mean
+
+
+def _nanmean(values_RK: Array) -> Array:
+    known = ~np.isnan(values_RK)
+    with np.errstate(invalid="ignore"):
+        mean: Array = np.where(known, values_RK, 0.0).sum(axis=1) / known.sum(axis=1)
+    return mean

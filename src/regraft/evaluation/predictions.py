@@ -1,0 +1,114 @@
+"""A network and batches to a table: one code for validation, test and prediction.
+
+N images, K classes.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from regraft.engine import Engine
+
+EVAL_BATCH = 64  # fixed, so that the same images give the same bits whatever the recipe's batch
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a Classifier says of images.
+
+    Attributes:
+        paths: Relative to the dataset's root, or as named by the user.
+        class_names: Of the columns of `probabilities`.
+        probabilities: NxK, float64, rows sum to 1.
+        truth: N class indices, or None where nobody knows.
+        groups: N names of what belongs together (a patient; else the image itself), or None.
+    """
+
+    paths: tuple[str, ...]
+    class_names: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    truth: NDArray[np.int64] | None = None
+    groups: tuple[str, ...] | None = None
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        return self.probabilities.argmax(axis=1)
+
+    def worst(self, most: int) -> NDArray[np.int64]:
+        """Positions of the most confident mistakes, the worst first."""
+        assert self.truth is not None
+        wrong = np.flatnonzero(self.predicted != self.truth)
+        confidence = self.probabilities[wrong].max(axis=1)
+        return wrong[np.argsort(-confidence, kind="stable")][:most]
+
+
+def infer(network: nn.Module, batches: Iterable[Tensor], engine: Engine) -> NDArray[np.float32]:
+    """Returns the network's outputs for all images in order; it is put back as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    outputs = []
+    with torch.inference_mode(), engine.autocast():
+        for images_BCHW in batches:
+            outputs.append(network(images_BCHW).float().cpu().numpy())
+    for module, training in modes:
+        module.training = training
+    return np.concatenate(outputs)
+
+
+def softmax(logits_NK: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True)
+    exponential = np.exp(shifted)
+    normalised: NDArray[np.float64] = exponential / exponential.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def to_csv(
+    predictions: Predictions | None, broken: Sequence[tuple[str, str]] = ()
+) -> str:
+    """Returns a CSV (RFC 4180): path, truth if known, predicted, probability of each class, error.
+
+    A cell that a spreadsheet would take for a formula is quoted with an apostrophe.
+    """
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\r\n")
+    names = predictions.class_names if predictions is not None else ()
+    truth = predictions.truth if predictions is not None else None
+    head = ["path", *(["truth"] if truth is not None else []), "predicted", "probability"]
+    writer.writerow(head + [_safe(f"p({name})") for name in names] + ["error"])
+    for row, path in enumerate(predictions.paths if predictions is not None else ()):
+        assert predictions is not None
+        probabilities = predictions.probabilities[row]
+        best = int(probabilities.argmax())
+        known = [_safe(names[truth[row]])] if truth is not None else []
+        numbers = [f"{value:.6f}" for value in (probabilities[best], *probabilities)]
+        writer.writerow([_safe(path), *known, _safe(names[best]), *numbers, ""])
+    for path, reason in broken:
+        blank = [""] * (len(head) - 1 + len(names))
+        writer.writerow([_safe(path), *blank, _safe(reason)])
+    return stream.getvalue()
+
+
+def to_records(
+    predictions: Predictions | None, broken: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Returns the same rows for JSON."""
+    rows: list[dict[str, Any]] = []
+    if predictions is not None:
+        for path, probabilities in zip(predictions.paths, predictions.probabilities, strict=True):
+            named = dict(zip(predictions.class_names, probabilities.tolist(), strict=True))
+            best = predictions.class_names[int(probabilities.argmax())]
+            rows.append({"path": path, "predicted": best, "probabilities": named})
+    return rows + [{"path": path, "error": reason} for path, reason in broken]
+
+
+def _safe(cell: str) -> str:
+    # CWE-1236: these start a formula in common spreadsheets.
+    cell = cell.encode("utf-8", "backslashreplace").decode("utf-8")
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r", "\0") else cell

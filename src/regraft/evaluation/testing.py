@@ -1,0 +1,233 @@
+"""The test images of a Run: found again by content, predicted plainly, and written down."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from regraft.data.batches import eval_batches, normalised
+from regraft.data.cache import Cache, map_in_threads
+from regraft.data.dataset import Dataset, Sample, unusable
+from regraft.data.decode import Pixels, UnreadableImage, encode_png, read_content, read_pixels
+from regraft.engine import Engine
+from regraft.errors import DataError, UsageError, count, shorten
+from regraft.evaluation.metrics import evaluate_predictions
+from regraft.evaluation.predictions import EVAL_BATCH, Predictions, infer, softmax, to_csv
+from regraft.inputs import InputSpec
+from regraft.models.classifier import Classifier
+from regraft.progress import OnProgress, counting
+from regraft.run import Run
+from regraft.storage import committed_folder, sha256_of, write_bytes, write_json, write_text
+
+NUM_MISTAKES = 24  # thumbnails kept for the report
+THUMBNAIL_PX = 128
+
+
+def fitting_channels(dataset: Dataset, channels: int) -> int:
+    """Returns the channels to decode to.
+
+    Raises:
+        UsageError: The images have others than the network takes, and are not grey.
+    """
+    if dataset.channels == channels or (dataset.channels, channels) == (1, 3):
+        return channels
+    raise UsageError(
+        f"`{dataset.root}` has images of {count(dataset.channels, 'channel')}, the network takes "
+        f"{channels}",
+        hint="when fine-tuning, change the first convolution with `--adapt channels`",
+    )
+
+
+def test_images(run: Run, dataset: Dataset, split: str) -> Dataset:
+    """Returns the images of `dataset` on which the Run may be judged.
+
+    If it holds images of the Run's own split, these are found by content, wherever the folder
+    lies. Otherwise its own split of that name, if the Run has never seen these images.
+
+    Raises:
+        DataError: Some of the Run's own images are missing, or images were trained on.
+        UsageError: There is no such split.
+    """
+    own = {s["sha256"]: s for s in run.samples() if s.get("split") == split}
+    found = [sample for sample in dataset.samples if sample.sha256 in own]
+    if found:
+        if missing := len(own) - len({sample.sha256 for sample in found}):
+            raise DataError(
+                f"`{dataset.root}` has {len(own) - missing} of the run's {len(own)} {split} images",
+                hint="give the whole dataset of the run, or a dataset that it has never seen",
+            )
+        again = [replace(s, split=split, label=own[s.sha256]["class"]) for s in found]
+        return replace(dataset, samples=tuple(again), class_names=run.class_names)
+    return _foreign_images(run, dataset, split)
+
+
+def _foreign_images(run: Run, dataset: Dataset, split: str) -> Dataset:
+    chosen = [sample for sample in dataset.samples if sample.split == split]
+    if not chosen:
+        raise UsageError(
+            f"`{dataset.root}` has no {split} images",
+            hint=f"it has {shorten(sorted({s.split for s in dataset.samples}))}: use `--split`",
+        )
+    problems = []
+    if unknown := sorted({sample.label for sample in chosen} - set(run.class_names)):
+        problems.append(
+            f"the model does not know {shorten(unknown)}; it knows {shorten(run.class_names, 10)}"
+        )
+    seen = run.seen()
+    trained = [s for s in chosen if seen.get(s.sha256) in ("train", "val")]
+    if trained and "leak" not in dataset.options.allow:
+        problems.append(
+            f"{count(len(trained), 'image was', 'images were')} seen in training, "
+            f"e.g. {shorten(sample.path for sample in trained)}"
+        )
+    if problems:
+        raise unusable(dataset.root, problems)
+    kept = tuple(sample for sample in chosen if sample not in set(trained))
+    return replace(dataset, samples=kept, class_names=run.class_names)
+
+
+def predict_dataset(
+    classifier: Classifier, dataset: Dataset, cache: Cache, rows: NDArray[np.int64], engine: Engine
+) -> Predictions:
+    """Returns predictions for these rows: in order, not augmented, with truth and groups."""
+    batches = eval_batches(
+        cache.images, rows, classifier.inputs, batch_size=EVAL_BATCH, device=engine.device
+    )
+    return tabulate(infer(classifier, batches, engine), dataset, rows)
+
+
+def tabulate(
+    logits_NK: NDArray[np.float32], dataset: Dataset, rows: NDArray[np.int64]
+) -> Predictions:
+    """Returns logits of these rows as Predictions."""
+    samples = [dataset.samples[row] for row in rows]
+    grouped = all(sample.group is not None for sample in samples)
+    return Predictions(
+        paths=tuple(sample.path for sample in samples),
+        class_names=dataset.class_names,
+        probabilities=softmax(logits_NK),
+        truth=dataset.labels[rows],
+        groups=tuple(str(sample.group) for sample in samples) if grouped else None,
+    )
+
+
+def record_evaluation(
+    run: Run, predictions: Predictions, dataset: Dataset, cache: Cache, split: str
+) -> dict[str, Any]:
+    """Writes evaluation.json, predictions.csv and thumbnails of the worst mistakes into the Run."""
+    row_of = {sample.path: row for row, sample in enumerate(dataset.samples)}
+    worst = predictions.worst(NUM_MISTAKES)
+    document = {
+        "schema": 1,
+        "run": run.record["id"],
+        "split": split,
+        "images": _fingerprint(dataset, predictions.paths),
+        **evaluate_predictions(predictions),
+        "mistakes": [_mistake(predictions, int(position)) for position in worst],
+    }
+    shutil.rmtree(run.folder / "mistakes", ignore_errors=True)
+    with committed_folder(run.folder / "mistakes") as folder:
+        for number, position in enumerate(worst):
+            pixels = cache.images[row_of[predictions.paths[position]]]
+            step = max(1, max(pixels.shape[:2]) // THUMBNAIL_PX)
+            write_bytes(folder / f"{number:03d}.png", encode_png(pixels[::step, ::step]))
+    write_text(run.folder / "predictions.csv", to_csv(predictions))
+    write_json(run.folder / "evaluation.json", document)
+    return document
+
+
+def predict_files(
+    classifier: Classifier,
+    files: Sequence[tuple[Path, str]],
+    engine: Engine,
+    on_progress: OnProgress,
+) -> tuple[Predictions | None, list[tuple[str, str]]]:
+    """Predicts (root, path) images; returns the table and the broken files with their reasons."""
+    inputs = classifier.inputs
+    told = counting(on_progress, "predicting")
+    broken: list[tuple[str, str]] = []
+    names: list[str] = []
+
+    def read(file: tuple[Path, str]) -> Pixels | UnreadableImage:
+        root, path = file
+        try:
+            content = read_content(root, path)
+            return read_pixels(content, path, size=inputs.size, channels=inputs.channels)
+        except UnreadableImage as error:
+            return error
+
+    def batches() -> Iterator[Tensor]:
+        waiting: list[Pixels] = []
+        for number, ((root, path), pixels) in enumerate(
+            zip(files, map_in_threads(read, files), strict=True), start=1
+        ):
+            told(number, len(files))
+            if isinstance(pixels, UnreadableImage):
+                broken.append((str(root / path), str(pixels)))
+                continue
+            names.append(str(root / path))
+            if waiting and waiting[0].dtype != pixels.dtype:
+                yield _stacked(waiting, inputs, engine)
+                waiting.clear()
+            waiting.append(pixels)
+            if len(waiting) == EVAL_BATCH:
+                yield _stacked(waiting, inputs, engine)
+                waiting.clear()
+        if waiting:
+            yield _stacked(waiting, inputs, engine)
+
+    outputs = list(_infer_all(classifier, batches(), engine))
+    if not outputs:
+        return None, broken
+    probabilities = softmax(np.concatenate(outputs))
+    return Predictions(tuple(names), classifier.class_names, probabilities), broken
+
+
+def _infer_all(
+    classifier: Classifier, batches: Iterator[Tensor], engine: Engine
+) -> Iterator[NDArray[np.float32]]:
+    for images_BCHW in batches:
+        yield infer(classifier, [images_BCHW], engine)
+
+
+def _stacked(waiting: Sequence[Pixels], inputs: InputSpec, engine: Engine) -> Tensor:
+    return normalised(np.stack(waiting), np.arange(len(waiting)), inputs, engine.device)
+
+
+def _mistake(predictions: Predictions, position: int) -> dict[str, Any]:
+    assert predictions.truth is not None
+    best = int(predictions.predicted[position])
+    return {
+        "path": predictions.paths[position],
+        "truth": predictions.class_names[predictions.truth[position]],
+        "predicted": predictions.class_names[best],
+        "probability": float(predictions.probabilities[position, best]),
+    }
+
+
+def _fingerprint(dataset: Dataset, paths: Sequence[str]) -> str:
+    chosen = set(paths)
+    hashes: Counter[str] = Counter(s.sha256 for s in dataset.samples if s.path in chosen)
+    return sha256_of(sorted(hashes.elements()))
+
+
+def own_rows(dataset: Dataset) -> NDArray[np.int64]:
+    """Returns the rows of all samples."""
+    return np.arange(len(dataset.samples), dtype=np.int64)
+
+
+def labelled(sample: Sample) -> dict[str, Any]:
+    """Returns a sample as a line of samples.jsonl."""
+    return {
+        "path": sample.path,
+        "sha256": sample.sha256,
+        "class": sample.label,
+        "group": sample.group,
+        "split": sample.split,
+    }

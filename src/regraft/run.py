@@ -1,0 +1,160 @@
+"""Run: one training on disk. Reads and writes the folder; computes nothing, needs no torch."""
+
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import ArtefactError, UsageError
+from regraft.storage import (
+    append_json_line,
+    read_json,
+    read_json_lines,
+    sha256_of,
+    to_json_lines,
+    write_json,
+    write_text,
+)
+
+SCHEMA = 1
+FINISHED, INTERRUPTED, RUNNING, FAILED = "finished", "interrupted", "running", "failed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training.
+
+    `run.json` (what was asked and decided), `samples.jsonl` (every image with its content hash and
+    split, or why it was left out), `metrics.jsonl` (one line for each epoch), `times.jsonl`,
+    `status.json`, `final/` (the Classifier), and what `evaluate` and `report` add.
+    """
+
+    folder: Path
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        record: Mapping[str, Any],
+        samples: Iterable[Mapping[str, Any]],
+        seen: Iterable[Mapping[str, Any]],
+    ) -> "Run":
+        """Starts a new Run.
+
+        Args:
+            folder: New or empty.
+            record: For run.json.
+            samples: For samples.jsonl.
+            seen: Content hash and split of every image behind the weights it starts from.
+
+        Raises:
+            UsageError: Something is there already.
+        """
+        refuse_existing(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "samples.jsonl", to_json_lines(samples))
+        write_text(folder / "lineage.jsonl", to_json_lines(seen))
+        document = {"schema": SCHEMA, **record, "versions": versions()}
+        document["id"] = sha256_of(document)[:16]
+        write_json(folder / "run.json", document)
+        run = cls(folder)
+        run.set_status(RUNNING)
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Opens a Run for reading.
+
+        Raises:
+            ArtefactError: It is no Run, or of a schema that this version does not read.
+        """
+        folder = Path(folder)
+        if not (folder / "run.json").is_file():
+            known = "is no run of regraft" if folder.exists() else "does not exist"
+            raise ArtefactError(
+                f"`{folder}` {known}",
+                hint="name a folder that `regraft pretrain` or `regraft finetune` has written",
+            )
+        run = cls(folder)
+        if run.record.get("schema") != SCHEMA:
+            raise ArtefactError(
+                f"`{folder}` has schema {run.record.get('schema')}; this version reads {SCHEMA}",
+                hint="use the regraft version that wrote it",
+            )
+        return run
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` holds: verb, recipe, data, inputs, start, transplant, device, versions."""
+        return read_json(self.folder / "run.json")  # type: ignore[no-any-return]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """`state`, `best_epoch`, and why it ended."""
+        return read_json(self.folder / "status.json")  # type: ignore[no-any-return]
+
+    def set_status(self, state: str, **details: Any) -> None:
+        write_json(self.folder / "status.json", {"state": state, **details})
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Every image of the dataset: path, sha256, class, split, group; or path and `excluded`."""
+        return read_json_lines(self.folder / "samples.jsonl")
+
+    def seen(self) -> dict[str, str]:
+        """Content hash to split, of the images of this Run's dataset and of all it started from.
+
+        An image that any training or validation of the lineage has seen is `train` or `val`, even
+        if it is a test image here.
+        """
+        own = {s["sha256"]: s["split"] for s in self.samples() if "sha256" in s}
+        inherited = read_json_lines(self.folder / "lineage.jsonl")
+        return own | {s["sha256"]: s["split"] for s in inherited if s["split"] != "test"}
+
+    def append_epoch(self, epoch: Mapping[str, Any], times: Mapping[str, Any]) -> None:
+        append_json_line(self.folder / "metrics.jsonl", epoch)
+        append_json_line(self.folder / "times.jsonl", times)
+
+    def epochs(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.folder / "metrics.jsonl")
+
+    @property
+    def final(self) -> Path:
+        return self.folder / "final"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.record["data"]["class_names"])
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuses to write over anything.
+
+    Raises:
+        UsageError: `folder` is a file, or a folder that is not empty.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UsageError(
+            f"`{folder}` exists already", hint="choose another `--out`; nothing is overwritten"
+        )
+
+
+def refuse_inside(folder: Path, data: Path) -> None:
+    """Refuses to write into a user's data.
+
+    Raises:
+        UsageError: `folder` lies in `data`.
+    """
+    if folder.resolve().is_relative_to(data.resolve()):
+        raise UsageError(
+            f"`{folder}` lies inside the data folder `{data}`, which is never written to",
+            hint="choose an `--out` elsewhere",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    packages = ("regraft", "torch", "timm", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

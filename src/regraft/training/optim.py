@@ -1,0 +1,119 @@
+"""A phase made real: what is frozen, which parameters learn at which rate, and when."""
+
+from collections.abc import Iterator
+from math import cos, pi
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from regraft.errors import UsageError
+from regraft.models.backbone import Backbone
+from regraft.models.classifier import Classifier
+from regraft.training.recipe import Phase, Recipe
+
+
+def refuse_frozen_random(backbone: Backbone, recipe: Recipe) -> None:
+    """Refuses to freeze weights that nothing has trained: the features would stay noise.
+
+    Raises:
+        UsageError: A phase freezes stages of a random backbone.
+    """
+    freezing = [phase.learns for phase in recipe.phases if phase.learns != "all"]
+    if backbone.is_random and freezing:
+        raise UsageError(
+            f"the backbone is random, and learning only `{freezing[0]}` would freeze it: a frozen "
+            "random backbone stays random, however long the head trains",
+            hint="give trained weights with `--start RUN`, or train all of it with "
+            "`regraft pretrain` (phases with `learns = \"all\"`)",
+        )
+
+
+def freeze(classifier: Classifier, phase: Phase) -> None:
+    """Puts the network into the state of a phase: what learns is in training mode, the rest is
+    frozen, parameters and BatchNorm statistics alike.
+    """
+    backbone = classifier.backbone
+    learning = set(learning_stages(backbone, phase))
+    classifier.train()
+    if len(learning) < len(backbone.stages):
+        # Only own stages may be in training mode: dropout of a frozen part would be noise.
+        backbone.eval()
+        for stage in learning:
+            for module in backbone.stage_modules(stage):
+                module.train()
+    parameters = dict(backbone.named_parameters())
+    for stage, names in enumerate(backbone.stages):
+        for name in names:
+            if name in parameters:
+                parameters[name].requires_grad_(stage in learning)
+    if phase.batch_norm == "frozen":
+        for module in backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def learning_stages(backbone: Backbone, phase: Phase) -> list[int]:
+    number = len(backbone.stages)
+    return [stage for stage in range(number) if phase.learns_stage(stage, number)]
+
+
+def make_optimizer(classifier: Classifier, phase: Phase, recipe: Recipe) -> Optimizer:
+    """Returns the optimiser over what learns; a parameter that is absent is frozen."""
+    groups = list(_groups(classifier, phase, float(recipe.weight_decay)))
+    if recipe.optimizer == "sgd":
+        return SGD(groups, lr=float(phase.lr), momentum=0.9, nesterov=True)
+    return {"adamw": AdamW, "adam": Adam}[recipe.optimizer](groups, lr=float(phase.lr))
+
+
+def _groups(classifier: Classifier, phase: Phase, decay: float) -> Iterator[dict[str, object]]:
+    backbone = classifier.backbone
+    parameters = dict(backbone.named_parameters())
+    top = len(backbone.stages) - 1
+    parts = [(list(classifier.head.parameters()), 1.0)]
+    for stage in learning_stages(backbone, phase):
+        own = [parameters[name] for name in backbone.stages[stage] if name in parameters]
+        parts.append((own, phase.layer_decay ** (top - stage)))
+    for own, factor in parts:
+        # Biases and norms (one dimension) are not decayed: arXiv:1812.01187.
+        for chosen, weight_decay in (
+            ([p for p in own if p.ndim > 1], decay),
+            ([p for p in own if p.ndim <= 1], 0.0),
+        ):
+            if chosen:
+                yield {"params": chosen, "weight_decay": weight_decay, "factor": factor}
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+
+
+def scheduled_lr(phase: Phase, step: int, num_steps: int) -> float:
+    """Returns the rate of one step: linear warm-up, then a cosine to 0 at the last step.
+
+    Source: Loshchilov and Hutter 2016, arXiv:1608.03983; warm-up: arXiv:1706.02677.
+    """
+    warm = max(1, round(phase.warmup * num_steps)) if phase.warmup else 0
+    peak = float(phase.lr)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + cos(pi * (step - warm) / max(1, num_steps - warm)))
+
+
+class Average:
+    """Exponential moving average of the weights, with warm-up, as `AveragedModel` wants it."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def __call__(
+        self, averaged: list[torch.Tensor], current: list[torch.Tensor], steps: torch.Tensor
+    ) -> None:
+        # The usual warm-up, as in TensorFlow's ExponentialMovingAverage: early weights fade fast.
+        decay = min(self.decay, (1 + float(steps)) / (10 + float(steps)))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:
+            for old, new in zip(averaged, current, strict=True):
+                old.copy_(new)

@@ -1,0 +1,342 @@
+"""Recipe and Phase: every choice of a training, with where each number comes from.
+
+A Recipe holds no data and no start. `"auto"` fields are settled once, by `resolved`, from the
+backbone and the number of images; what they became is stored in the Run.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from regraft.errors import RegraftError, UsageError
+
+Auto = Literal["auto"]
+STEPS_TO_LEARN = 500  # for fewer than 20,000 images: BiT-HyperRule, arXiv:1912.11370
+SCRATCH_EPOCHS = 30  # assumed: the least that a completed cosine needs; `--epochs` for more
+LEAST_EPOCHS, MOST_EPOCHS = 10, 60  # of a fine-tuning; assumed bounds around STEPS_TO_LEARN
+
+
+class Phase(BaseModel):
+    """A stretch of epochs with one set of learning parameters; everything else is frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learns: str = Field(
+        "all",
+        description="what learns: `head`, `last:<n>` (head and last n stages) or `all`; "
+        "the rest is frozen, BatchNorm statistics too. `head` is solved exactly, in one epoch",
+    )
+    epochs: int | Auto = Field(
+        "auto", description="passes over the training images; the cosine is always completed"
+    )
+    lr: float | Auto = Field(
+        "auto",
+        description="peak learning rate of the head and the last stage. auto for scratch: "
+        "0.1 * batch/128 with BatchNorm, 0.05 * batch/128 without (arXiv:1803.05407's VGG), "
+        "0.001 * batch/128 for AdamW (assumed)",
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate factor per stage below the last one"
+    )
+    warmup: float = Field(
+        0.05, ge=0, lt=1, description="share of the steps with a rising learning rate (assumed)"
+    )
+    batch_norm: Literal["auto", "train", "frozen"] = Field(
+        "auto",
+        description="BatchNorm statistics of learning stages. auto: train from scratch; frozen "
+        "when fine-tuning fewer than 1,000 images or batches under 16 (assumed)",
+    )
+
+    @field_validator("learns")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value in ("head", "all") or re.fullmatch(r"last:[1-9]\d*", value):
+            return value
+        raise ValueError("expected `head`, `last:<n>` or `all`")
+
+    @field_validator("epochs", "lr")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and value <= 0:
+            raise ValueError("expected a positive number or `auto`")
+        return value
+
+    def learns_stage(self, stage: int, num_stages: int) -> bool:
+        """Whether a stage (0 is the stem) learns in this phase."""
+        if self.learns == "all":
+            return True
+        last = 0 if self.learns == "head" else int(self.learns.removeprefix("last:"))
+        return stage >= num_stages - last
+
+
+class Recipe(BaseModel):
+    """Every choice of a training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    goal: Literal["scratch", "transfer"] = Field(
+        "scratch", description="whether the backbone starts at random or from another run"
+    )
+    seed: int = Field(0, ge=0, description="of weights, order and augmentation")
+    image_size: tuple[int, int] | Auto = Field(
+        "auto", description="height and width in pixels; auto: 224, or the start's when fine-tuning"
+    )
+    channels: int | Auto = Field(
+        "auto", description="of the network's input; auto: the images', or the start's"
+    )
+    batch_size: int | Auto = Field(
+        "auto",
+        description="auto: the power of two nearest to a twentieth of the images, 16 to 128 "
+        "(128: arXiv:1803.05407; fewer for small data, so that an epoch has steps; assumed)",
+    )
+    augment: Literal["auto", "none", "gentle", "natural"] = Field(
+        "auto",
+        description="gentle: small turns, shifts, zoom, contrast; natural: also flips and erasing. "
+        "auto: natural for colour, gentle for grey",
+    )
+    optimizer: Literal["auto", "sgd", "adamw", "adam"] = Field(
+        "auto", description="auto: sgd (Nesterov, momentum 0.9), adamw for networks with LayerNorm"
+    )
+    weight_decay: float | Auto = Field(
+        "auto",
+        description="not on biases and norms. auto: 5e-4 from scratch (arXiv:1803.05407), "
+        "1e-4 fine-tuning (assumed), 0.05 for adamw",
+    )
+    clip_norm: float = Field(
+        1.0, ge=0, description="largest gradient norm, 0: unlimited; VGG without BatchNorm needs it"
+    )
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="of the averaged weights that are kept (arXiv:2411.18704)"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="0: smoothing harms transferred features (arXiv:2010.16402)"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: each class weighs the same in the loss"
+    )
+    stall_share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="stop when the loss has not left the entropy of the labels after this share "
+        "of a phase (and 100 steps); 1: never stop (measured: docs/log.md 2026-11-23)",
+    )
+    phases: tuple[Phase, ...] = Field((Phase(),), min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("image_size"), int):
+            return value | {"image_size": (value["image_size"], value["image_size"])}
+        return value
+
+    @field_validator("image_size", "batch_size", "channels")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        sides = value if isinstance(value, tuple) else (value,)
+        if value != "auto" and min(sides) < 1:
+            raise ValueError("expected positive numbers or `auto`")
+        return value
+
+    @classmethod
+    def scratch(cls) -> "Recipe":
+        """The whole network from random weights; made for weights that will be transferred."""
+        return cls()
+
+    @classmethod
+    def transfer(cls, strategy: str = "lp-ft") -> "Recipe":
+        """A transplanted backbone under a new head.
+
+        Args:
+            strategy: `head` (linear probe), `last:<n>` (then the last n stages too), `full`
+                (everything at once), or `lp-ft`: the head to convergence, then everything at a
+                tenth of the scratch learning rate, falling per stage (arXiv:2202.10054).
+
+        Raises:
+            UsageError: The strategy is not known.
+        """
+        head = Phase(learns="head", epochs=1)
+        decay = 0.7  # per stage; assumed, checked on our own data: docs/log.md 2026-11-23
+        if strategy == "head":
+            phases: tuple[Phase, ...] = (head,)
+        elif strategy == "full":
+            phases = (Phase(learns="all"),)
+        elif strategy == "lp-ft":
+            phases = (head, Phase(learns="all", layer_decay=decay))
+        elif re.fullmatch(r"last:[1-9]\d*", strategy):
+            phases = (head, Phase(learns=strategy, layer_decay=decay))
+        else:
+            raise UsageError(
+                f"`--strategy {strategy}` is not known", hint="use head, last:<n>, lp-ft or full"
+            )
+        return cls(goal="transfer", phases=phases)
+
+    @property
+    def num_epochs(self) -> int:
+        return sum(phase.epochs for phase in self.phases if phase.epochs != "auto")
+
+    def as_scratch(self) -> "Recipe":
+        """Returns the control of a comparison, from a resolved transfer recipe.
+
+        Every stage learns, at the scratch learning rate with warm-up, on the same data, with the
+        same augmentation, batches and input size, for twice the epochs: a network that starts at
+        random needs more steps, and a control that is cut short would make "helped" cheap.
+        """
+        epochs = 2 * sum(int(p.epochs) for p in self.phases if p.learns != "head") or 2 * MOST_EPOCHS
+        settled = {"goal": "scratch", "phases": (Phase(epochs=epochs),), "weight_decay": "auto"}
+        return self.changed(settled)
+
+    def resolved(self, *, normalisation: str, num_images: int, is_grey: bool) -> "Recipe":
+        """Returns the recipe with every `auto` settled.
+
+        Args:
+            normalisation: `batch`, `other` or `none` (see `Backbone.normalisation`).
+            num_images: Training images.
+            is_grey: Whether the images have no colour.
+        """
+        batch = self.batch_size
+        if batch == "auto":
+            batch = next((size for size in (16, 32, 64) if num_images < 20 * size * 2**0.5), 128)
+        optimizer = self.optimizer
+        if optimizer == "auto":
+            optimizer = "adamw" if normalisation == "other" else "sgd"
+        decay = self.weight_decay
+        if decay == "auto":
+            by_goal = 5e-4 if self.goal == "scratch" else 1e-4
+            decay = 0.05 if optimizer == "adamw" else by_goal
+        augment = self.augment
+        if augment == "auto":
+            augment = "gentle" if is_grey else "natural"
+        steps = max(1, -(-num_images // batch))
+        phases = tuple(
+            self._resolved_phase(phase, normalisation, optimizer, batch, steps, num_images)
+            for phase in self.phases
+        )
+        changes = {"batch_size": batch, "optimizer": optimizer, "weight_decay": decay}
+        return self.changed(changes | {"augment": augment, "phases": phases})
+
+    def _resolved_phase(
+        self, phase: Phase, normalisation: str, optimizer: str, batch: int, steps: int, images: int
+    ) -> Phase:
+        epochs: int | Auto = phase.epochs
+        if epochs == "auto" and self.goal == "scratch":
+            epochs = SCRATCH_EPOCHS
+        elif epochs == "auto":
+            epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, -(-STEPS_TO_LEARN // steps)))
+        lr: float | Auto = phase.lr
+        if lr == "auto":
+            per_128 = {"sgd": 0.1 if normalisation == "batch" else 0.05}.get(optimizer, 0.001)
+            lr = per_128 * batch / 128 * (1.0 if self.goal == "scratch" else 0.1)
+        batch_norm = phase.batch_norm
+        if batch_norm == "auto":
+            small = images < 1000 or batch < 16
+            batch_norm = "frozen" if self.goal == "transfer" and small else "train"
+        return phase.model_copy(update={"epochs": epochs, "lr": lr, "batch_norm": batch_norm})
+
+    def changed(self, changes: Mapping[str, Any]) -> "Recipe":
+        """Returns the recipe with other values; `epochs` and `lr` go to the phases that train.
+
+        Raises:
+            UsageError: A key is unknown or a value does not fit.
+        """
+        document = self.model_dump()
+        for key, value in changes.items():
+            if key in ("epochs", "lr"):
+                for phase in document["phases"]:
+                    if phase["learns"] != "head":
+                        phase[key] = value
+            else:
+                document[key] = value
+        return _validated(document, "the recipe")
+
+    @classmethod
+    def from_toml(cls, file: Path) -> "Recipe":
+        """Reads a recipe file.
+
+        Raises:
+            UsageError: It is missing, is no TOML, or has unknown keys or values.
+        """
+        try:
+            document = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(
+                f"recipe `{file}` cannot be read: {error.strerror}",
+                hint="make one with `regraft recipe scratch > recipe.toml`",
+            ) from error
+        except ValueError as error:
+            raise UsageError(f"`{file}` is no TOML: {error}", hint="mend the line") from error
+        return _validated(document, f"recipe `{file}`")
+
+    def to_toml(self) -> str:
+        """Returns the recipe as TOML with a comment on every key."""
+        lines = ["# A recipe for `regraft pretrain` or `finetune --recipe FILE`.", ""]
+        for name, field in type(self).model_fields.items():
+            if name != "phases":
+                lines += [f"# {field.description}", f"{name} = {_toml(getattr(self, name))}", ""]
+        for number, phase in enumerate(self.phases, start=1):
+            lines += [f"# phase {number}", "[[phases]]"]
+            for name, field in Phase.model_fields.items():
+                comment = [f"# {field.description}"] if number == 1 else []
+                lines += [*comment, f"{name} = {_toml(getattr(phase, name))}"]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Reads `key=value` pairs (values as in TOML; bare words are text).
+
+    Raises:
+        UsageError: A pair has no `=`.
+    """
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise UsageError(f"`--set {assignment}` has no `=`", hint="write `--set key=value`")
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except ValueError:
+            changes[key.strip()] = value.strip()
+    return changes
+
+
+def _validated(document: Mapping[str, Any], what: str) -> Recipe:
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        problems = [_problem(entry) for entry in error.errors(include_url=False)]
+        raise _refusal(what, problems) from error
+
+
+def _refusal(what: str, problems: list[str]) -> RegraftError:
+    number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return UsageError(
+        f"{what} cannot be used: {number}",
+        problems=problems,
+        hint="`regraft recipe scratch` prints every key with its meaning",
+    )
+
+
+def _problem(entry: Any) -> str:
+    # Discriminators of unions ("literal", "int") stand in the location: keep keys and numbers.
+    place = [part for part in entry["loc"] if isinstance(part, int) or part.isidentifier()]
+    key = str(place[-1]) if place else ""
+    if entry["type"] == "extra_forbidden":
+        fields = Phase.model_fields if "phases" in place else Recipe.model_fields
+        close = get_close_matches(key, [*fields, "epochs", "lr"], n=1)
+        return f"unknown key `{key}`" + (f"; did you mean `{close[0]}`?" if close else "")
+    shown = ".".join(str(part) for part in place if part not in ("int", "float"))
+    return f"`{shown}`: {entry['msg'].removeprefix('Value error, ')}, not `{entry['input']}`"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,304 @@
+"""One training from data to a finished Run: prepare, train, write."""
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.data.batches import eval_batches
+from regraft.data.cache import Cache
+from regraft.data.dataset import Dataset, unusable
+from regraft.engine import Engine
+from regraft.errors import RegraftError, count, shorten
+from regraft.evaluation.predictions import EVAL_BATCH, infer
+from regraft.evaluation.testing import fitting_channels, labelled
+from regraft.inputs import InputSpec
+from regraft.models.backbone import Backbone
+from regraft.models.classifier import Classifier
+from regraft.models.weights import Move, transplant
+from regraft.progress import Note, OnProgress, counting, duration
+from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
+from regraft.training.loop import Epoch, Material, fit, to_json
+from regraft.training.optim import refuse_frozen_random
+from regraft.training.recipe import Recipe
+
+DEFAULT_SIZE = (224, 224)  # Krizhevsky et al. 2012 and most architectures since
+
+
+class Stopped(RegraftError):
+    """A signal ended the training; what was learned so far is saved."""
+
+    code = "stopped"
+
+    def __init__(self, run: Run, number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; the best epoch so far is saved in "
+            f"`{run.folder}`",
+            hint=f"it can be used as it is: `regraft evaluate {run.folder} DATA`",
+        )
+        self.exit_code = 128 + number  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one dataset needs to be trained on, once for all seeds and arms of a comparison."""
+
+    dataset: Dataset
+    cache: Cache
+    inputs: InputSpec
+    engine: Engine
+    on_progress: OnProgress
+
+    @classmethod
+    def prepare(
+        cls, dataset: Dataset, inputs: InputSpec, engine: Engine, on_progress: OnProgress
+    ) -> "Session":
+        """Decodes the images; mean and std are measured where the InputSpec has none yet."""
+        on_progress(Note(f"data: {dataset.summary()}"))
+        channels = fitting_channels(dataset, inputs.channels)
+        cache, dataset = Cache.build(
+            dataset, inputs.size, channels, counting(on_progress, "decoding")
+        )
+        for note in dataset.notes:
+            on_progress(Note(f"data: {note}"))
+        if dataset.channels == 1 and channels == 3:
+            on_progress(Note("data: grey images are replicated to RGB for this network"))
+        if not inputs.mean:
+            inputs = cache.with_statistics(inputs, dataset.rows("train"))
+        return cls(dataset, cache, inputs, engine, on_progress)
+
+    def features(self, backbone: Backbone) -> NDArray[np.float32]:
+        """Returns the features of every image, not augmented."""
+        batches = eval_batches(
+            self.cache.images,
+            np.arange(len(self.dataset.samples)),
+            self.inputs,
+            batch_size=EVAL_BATCH,
+            device=self.engine.device,
+        )
+        return infer(backbone, batches, self.engine)
+
+    def resolved(self, recipe: Recipe, backbone: Backbone) -> Recipe:
+        settled = recipe.changed({"image_size": self.inputs.size, "channels": self.inputs.channels})
+        return settled.resolved(
+            normalisation=backbone.normalisation,
+            num_images=len(self.dataset.rows("train")),
+            is_grey=self.cache.is_grey,
+        )
+
+    def train(
+        self, backbone: Backbone, recipe: Recipe, out: Path, record: dict[str, Any]
+    ) -> tuple[Run, Classifier]:
+        """Trains a new head on the backbone by a resolved recipe, and writes the Run.
+
+        Args:
+            backbone: Random or transplanted.
+            recipe: Resolved.
+            out: Folder of the Run, new.
+            record: `verb`, and for a transplanted backbone `start`, `transplant`, `lineage`, `seen`.
+
+        Raises:
+            Stopped: A signal came; the Run holds the best epoch so far.
+        """
+        refuse_frozen_random(backbone, recipe)
+        classifier = Classifier(backbone, self.dataset.class_names, seed=recipe.seed)
+        self.engine.place(classifier)
+        self._estimate(classifier, recipe)
+        run = self._create_run(classifier, recipe, out, record)
+        best = 0
+        caught: list[int] = []
+        try:
+            with _signals(caught):
+                for told in fit(classifier, self._material(), recipe, self.engine):
+                    if isinstance(told, Epoch):
+                        best = told.epoch if told.is_best else best
+                        run.append_epoch(*to_json(told))
+                    self.on_progress(told)
+                    if caught:
+                        break
+        except RegraftError as error:
+            run.set_status(FAILED, reason=error.message)
+            raise
+        own = {"verb": record["verb"], "run": run.record["id"], "data": self.dataset.fingerprint}
+        own |= {"train_images": len(self.dataset.rows("train")), "arch": backbone.arch}
+        classifier.lineage = (*record.get("lineage", ()), own)
+        classifier.save(run.final)
+        run.set_status(INTERRUPTED if caught else FINISHED, best_epoch=best)
+        if caught:
+            raise Stopped(run, caught[0])
+        return run, classifier
+
+    def _material(self) -> Material:
+        data = self.dataset
+        return Material(self.cache.images, data.labels, data.rows("train"), data.rows("val"))
+
+    def _estimate(self, classifier: Classifier, recipe: Recipe) -> None:
+        epochs = sum(int(phase.epochs) for phase in recipe.phases if phase.learns != "head")
+        if not epochs:
+            return
+        size = self.inputs.size
+        seconds = self.engine.seconds_per_image(
+            classifier, self.inputs.channels, size, int(recipe.batch_size)
+        )
+        total = seconds * epochs * len(self.dataset.rows("train"))
+        shorter = ""
+        if total > 3600 and min(size) > 64:
+            smaller = total * 64 * 64 / (size[0] * size[1])  # work grows with the pixels
+            shorter = f"; about {duration(smaller)} with `--image-size 64`"
+        self.on_progress(
+            Note(
+                f"time: about {duration(total)} for {count(epochs, 'epoch')} at {size[0]}x{size[1]} "
+                f"px on {self.engine.device} ({self.engine.precision}, "
+                f"{1 / seconds:.0f} images/s){shorter}"
+            )
+        )
+
+    def _create_run(
+        self, classifier: Classifier, recipe: Recipe, out: Path, record: dict[str, Any]
+    ) -> Run:
+        data = self.dataset
+        document = {
+            "verb": record["verb"],
+            "arch": classifier.backbone.arch,
+            "backbone_parameters": classifier.backbone.num_parameters,
+            "recipe": recipe.model_dump(mode="json"),
+            "inputs": self.inputs.to_dict(),
+            "data": {
+                "name": data.root.resolve().name,
+                "fingerprint": data.fingerprint,
+                "class_names": list(data.class_names),
+                "options": data.options.to_dict(),
+                "splits": {split: len(data.rows(split)) for split in ("train", "val", "test")},
+                "excluded": len(data.excluded),
+                "notes": list(data.notes),
+            },
+            "start": record.get("start"),
+            "transplant": record.get("transplant"),
+            "engine": self.engine.describe(),
+        }
+        samples = [labelled(sample) for sample in data.samples]
+        excluded = [{"path": path, "excluded": why} for path, why in data.excluded]
+        seen = [{"sha256": sha, "split": split} for sha, split in record.get("seen", {}).items()]
+        run = Run.create(out, document, samples + excluded, seen)
+        return run
+
+
+@dataclass(frozen=True)
+class Start:
+    """A trained classifier whose backbone is to be transplanted, again and again."""
+
+    classifier: Classifier
+    run: Run | None
+    adapt: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, folder: Path, arch: str | None, adapt: Sequence[str]) -> "Start":
+        """Reads a Run, or a bare classifier folder.
+
+        Raises:
+            ArtefactError: It is none, or damaged.
+        """
+        run = Run.open(folder) if (folder / "run.json").is_file() else None
+        own = arch if arch is not None and ":" in arch else None
+        return cls(Classifier.load(folder, arch=own), run, tuple(adapt))
+
+    def inputs(self, recipe: Recipe, dataset: Dataset) -> InputSpec:
+        """Returns what the transplanted backbone expects; mean and std stay the start's."""
+        own = self.classifier.inputs
+        size = own.size if recipe.image_size == "auto" else recipe.image_size
+        channels = dataset.channels if "channels" in self.adapt else own.channels
+        if recipe.channels != "auto":
+            channels = recipe.channels
+        return replace(own.with_channels(channels), size=size)
+
+    def backbone(self, arch: str | None, inputs: InputSpec, seed: int) -> tuple[Backbone, list[Move]]:
+        """Returns a new backbone with the start's weights, and the table of what moved."""
+        target = Backbone.create(arch or self.classifier.backbone.arch, inputs, seed=seed)
+        source = self.classifier.backbone.resized(inputs.size)
+        return target, transplant(source, target, self.adapt)
+
+    def record(self, moves: Sequence[Move], dataset: Dataset) -> dict[str, Any]:
+        """Returns what the new Run keeps of its start."""
+        head, names = self.classifier.head, self.classifier.class_names
+        rows = [vars(move) for move in moves]
+        rows.append(_head_row("dropped", head.in_features, len(names)))
+        rows.append(_head_row("new", head.in_features, len(dataset.class_names)))
+        return {
+            "verb": "finetune",
+            "start": {
+                "run": self.run.record["id"] if self.run else None,
+                "arch": self.classifier.backbone.arch,
+                "class_names": list(names),
+                "data": [record["data"] for record in self.classifier.lineage],
+            },
+            "transplant": rows,
+            "lineage": self.classifier.lineage,
+            "seen": {} if self.run is None else self.run.seen(),
+        }
+
+    def refuse_leak(self, dataset: Dataset) -> None:
+        """Refuses test images that the start was trained on.
+
+        Raises:
+            DataError: There are some.
+        """
+        seen = {} if self.run is None else self.run.seen()
+        known = [s for s in dataset.samples if s.split == "test" and seen.get(s.sha256) == "train"]
+        if known:
+            raise unusable(
+                dataset.root,
+                [
+                    f"the start was trained on {count(len(known), 'test image')}, "
+                    f"e.g. {shorten(sample.path for sample in known)}"
+                ],
+            )
+
+
+def transplant_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of what moved, for people."""
+    lines = ["transplant:   part      what      tensors  values (millions)"]
+    for row in rows:
+        millions = row["num_values"] / 1e6
+        lines.append(
+            f"              {row['stage']:<9} {row['what']:<9} {row['num_tensors']:>7}  {millions:.3f}"
+        )
+    taken = sum(row["num_values"] for row in rows if row["what"] == "taken")
+    backbone = sum(row["num_values"] for row in rows if row["stage"] != "head")
+    lines.append(f"              {taken / backbone:.1%} of the backbone taken, checked after loading")
+    return "\n".join(lines)
+
+
+def _head_row(what: str, width: int, num_classes: int) -> dict[str, Any]:
+    return {
+        "stage": "head",
+        "what": what,
+        "num_tensors": 2,
+        "num_values": (width + 1) * num_classes,
+    }
+
+
+@contextmanager
+def _signals(caught: list[int]) -> Iterator[None]:
+    """Notes the first INT or TERM, so that the loop ends between two steps; a second INT acts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
