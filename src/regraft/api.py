@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from regraft.delivery.report import write_report
 from regraft.engine import Engine
 from regraft.errors import DataError, UsageError
 from regraft.evaluation.compare import judge, summarise
-from regraft.evaluation.metrics import METRICS
+from regraft.evaluation.metrics import METRICS, point
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.testing import (
     fitting_channels,
@@ -31,6 +33,7 @@ from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting, quiet
 from regraft.run import Run, refuse_existing, refuse_inside
 from regraft.storage import write_json
+from regraft.training.loop import Epoch
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Recipe
 from regraft.training.session import DEFAULT_SIZE, Session, Start, transplant_table
@@ -62,6 +65,7 @@ def pretrain(
     session = Session.prepare(dataset, inputs, engine or Engine(), on_progress)
     backbone.inputs = session.inputs
     recipe = session.resolved(recipe, backbone)
+    session.estimate(backbone, [recipe])
     run, _ = session.train(backbone, recipe, Path(out), {"verb": "pretrain"})
     return run
 
@@ -91,6 +95,7 @@ def finetune(
     recipe = session.resolved(recipe, backbone)
     record = begun.record(moves, session.dataset)
     on_progress(Note(transplant_table(record["transplant"])))
+    session.estimate(backbone, [recipe])
     run, _ = session.train(backbone, recipe, Path(out), record)
     return run
 
@@ -208,34 +213,43 @@ def _run_arms(
     for seed in seeds:
         backbone, moves = begun.backbone(arch, session.inputs, seed)
         random = Backbone.create(backbone.arch, session.inputs, seed=seed)
-        if seed == seeds[0]:
-            arms["probe_transplanted"].append(_probed(session, backbone))
+        birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
         arms["probe_random"].append(_probed(session, random))
         transfer = session.resolved(recipe.changed({"seed": seed}), backbone)
         # Each arm's learning rate, weight decay and BatchNorm policy follow its own goal; data,
         # splits, augmentation, batches and input size are the same.
         scratch = session.resolved(transfer.as_scratch(), random)
         record = begun.record(moves, session.dataset)
+        if seed == seeds[0]:
+            arms["probe_transplanted"].append(_probed(session, backbone))
+            session.on_progress(Note(transplant_table(record["transplant"])))
+            session.estimate(backbone, [transfer, scratch] * len(seeds))
+        random.load_state_dict(birth)
         for arm, network, settled, kept in (
             ("transfer", backbone, transfer, record),
             ("scratch", random, scratch, {"verb": "pretrain"}),
         ):
-            number = seed - seeds[0] + 1
-            session.on_progress(Note(f"{arm}: seed {seed} ({number} of {len(seeds)})"))
-            run, classifier = session.train(network, settled, out / f"{arm}-{seed}", kept)
+            silent = replace(session, on_progress=_without_epochs(session.on_progress))
+            run, classifier = silent.train(network, settled, out / f"{arm}-{seed}", kept)
             rows = session.dataset.rows("test")
             found = predict_dataset(
                 classifier, session.dataset, session.cache, rows, session.engine
             )
             record_evaluation(run, found, session.dataset, session.cache, "test")
             arms[arm].append(found)
+            told = f"{arm:<8} seed {seed}: test balanced accuracy {point(found, 'balanced_accuracy'):.3f}"
+            session.on_progress(Note(told))
     return arms
+
+
+def _without_epochs(on_progress: OnProgress) -> OnProgress:
+    """Twelve trainings of sixty epochs are not for reading: the bar and the results are."""
+    return lambda record: None if isinstance(record, Epoch) else on_progress(record)
 
 
 def _probed(session: Session, backbone: Backbone) -> Predictions:
     """Returns the test predictions of a linear probe on the backbone's frozen features."""
     dataset = session.dataset
-    session.engine.place(backbone)
     features, labels = session.features(backbone), dataset.labels
     train, val, test = (dataset.rows(split) for split in ("train", "val", "test"))
     solution = solve_head(features[train], labels[train], features[val], labels[val])

@@ -399,7 +399,7 @@ def demo(*, out: Path = Path("regraft-demo"), seeds: int = 6) -> None:
     with _progress() as told:
         comparison = tell_story(out, seeds, told)
     print_comparison(comparison)
-    print(f"\nreport: {out / 'report.html'}")
+    print(f"\nreport: {out / 'comparison' / 'report.html'}")
     print("next:   regraft pretrain YOUR_IMAGES --out runs/source")
 
 
@@ -470,11 +470,11 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         f"{count(comparison['num_seeds'], 'seed')}, {count(comparison['num_images'], 'test image')}; "
         f"the least difference this test set can show is {comparison['least_detectable']:.3f}\n"
     )
-    print(f"{'test images':<34}accuracy         balanced accuracy")
+    print(f"{'test images':<36}accuracy         balanced accuracy")
     for arm, label in ARMS.items():
         values = comparison["arms"][arm]
         shown = [_mean_and_spread(values[name]) for name in ("accuracy", "balanced_accuracy")]
-        print(f"{label:<34}{shown[0]:<17}{shown[1]}")
+        print(f"{label:<36}{shown[0]:<17}{shown[1]}")
 
 
 ARMS = {

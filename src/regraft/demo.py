@@ -42,7 +42,12 @@ def tell_story(out: Path, seeds: int, on_progress: OnProgress) -> dict[str, Any]
     on_progress(Note(f"   test accuracy on ten digits: {found:.3f}"))
     on_progress(Note(f"2. transfer to Dataset2: even or odd, {FEW} images a class; and a control"))
     return api.compare(
-        target, out=out / "comparison", start=first.folder, seeds=seeds, on_progress=on_progress
+        target,
+        out=out / "comparison",
+        start=first.folder,
+        seeds=seeds,
+        recipe=Recipe.transfer().changed({"epochs": 30}),
+        on_progress=on_progress,
     )
 
 

@@ -61,9 +61,12 @@ def learning_stages(backbone: Backbone, phase: Phase) -> list[int]:
 def make_optimizer(classifier: Classifier, phase: Phase, recipe: Recipe) -> Optimizer:
     """Returns the optimiser over what learns; a parameter that is absent is frozen."""
     groups = list(_groups(classifier, phase, float(recipe.weight_decay)))
+    fused = classifier.head.weight.device.type in ("cpu", "cuda")
     if recipe.optimizer == "sgd":
-        return SGD(groups, lr=float(phase.lr), momentum=0.9, nesterov=True)
-    return {"adamw": AdamW, "adam": Adam}[recipe.optimizer](groups, lr=float(phase.lr))
+        # fused: measured 4x faster than one operation a tensor on 2 cores (ResNet-18)
+        return SGD(groups, lr=float(phase.lr), momentum=0.9, nesterov=True, fused=fused)
+    kinds: dict[str, type[Adam]] = {"adamw": AdamW, "adam": Adam}
+    return kinds[recipe.optimizer](groups, lr=float(phase.lr), fused=fused)
 
 
 def _groups(classifier: Classifier, phase: Phase, decay: float) -> Iterator[dict[str, object]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from regraft.data.batches import eval_batches
 from regraft.data.cache import Cache
@@ -74,15 +76,20 @@ class Session:
         return cls(dataset, cache, inputs, engine, on_progress)
 
     def features(self, backbone: Backbone) -> NDArray[np.float32]:
-        """Returns the features of every image, not augmented."""
-        batches = eval_batches(
-            self.cache.images,
-            np.arange(len(self.dataset.samples)),
-            self.inputs,
-            batch_size=EVAL_BATCH,
-            device=self.engine.device,
-        )
-        return infer(backbone, batches, self.engine)
+        """Returns the features of every image, not augmented.
+
+        A random backbone first gets BatchNorm statistics from the training images: with those of
+        its birth (mean 0, variance 1) its features all but vanish.
+        """
+        self.engine.place(backbone)
+        if backbone.is_random:
+            update_bn(self._plain_batches(self.dataset.rows("train")), backbone)
+        rows = np.arange(len(self.dataset.samples))
+        return infer(backbone, self._plain_batches(rows), self.engine)
+
+    def _plain_batches(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
+        images, device = self.cache.images, self.engine.device
+        return eval_batches(images, rows, self.inputs, batch_size=EVAL_BATCH, device=device)
 
     def resolved(self, recipe: Recipe, backbone: Backbone) -> Recipe:
         settled = recipe.changed({"image_size": self.inputs.size, "channels": self.inputs.channels})
@@ -109,7 +116,6 @@ class Session:
         refuse_frozen_random(backbone, recipe)
         classifier = Classifier(backbone, self.dataset.class_names, seed=recipe.seed)
         self.engine.place(classifier)
-        self._estimate(classifier, recipe)
         run = self._create_run(classifier, recipe, out, record)
         best = 0
         caught: list[int] = []
@@ -138,14 +144,15 @@ class Session:
         data = self.dataset
         return Material(self.cache.images, data.labels, data.rows("train"), data.rows("val"))
 
-    def _estimate(self, classifier: Classifier, recipe: Recipe) -> None:
-        epochs = sum(int(phase.epochs) for phase in recipe.phases if phase.learns != "head")
+    def estimate(self, backbone: Backbone, recipes: Sequence[Recipe]) -> None:
+        """Tells how long these trainings will take, from a measured step."""
+        phases = [phase for recipe in recipes for phase in recipe.phases if phase.learns != "head"]
+        epochs = sum(int(phase.epochs) for phase in phases)
         if not epochs:
             return
-        size = self.inputs.size
-        seconds = self.engine.seconds_per_image(
-            classifier, self.inputs.channels, size, int(recipe.batch_size)
-        )
+        size, batch = self.inputs.size, int(recipes[0].batch_size)
+        self.engine.place(backbone)
+        seconds = self.engine.seconds_per_image(backbone, self.inputs.channels, size, batch)
         total = seconds * epochs * len(self.dataset.rows("train"))
         shorter = ""
         if total > 3600 and min(size) > 64:
