@@ -132,7 +132,7 @@ def compare(
     begun.refuse_leak(dataset)
     inputs = begun.inputs(recipe, dataset)
     session = Session.prepare(dataset, inputs, engine or Engine(), on_progress)
-    arms = _run_arms(session, begun, recipe, out, range(recipe.seed, recipe.seed + seeds), arch)
+    arms = _run_arms(session, begun, recipe, out, seeds, arch, metric)
     comparison = _judged(session, arms, metric)
     write_json(out / "comparison.json", comparison)
     report([out], out=out / "report.html")
@@ -204,13 +204,19 @@ def _opened(data: Data, out: Path, options: DataOptions | None = None) -> Datase
 
 
 def _run_arms(
-    session: Session, begun: Start, recipe: Recipe, out: Path, seeds: range, arch: str | None
+    session: Session,
+    begun: Start,
+    recipe: Recipe,
+    out: Path,
+    num_seeds: int,
+    arch: str | None,
+    metric: str,
 ) -> dict[str, list[Predictions]]:
     """Trains and tests each arm with each seed; frozen features are probed beside them."""
     arms: dict[str, list[Predictions]] = {
         "transfer": [], "scratch": [], "probe_transplanted": [], "probe_random": [],
     }  # fmt: skip
-    for seed in seeds:
+    for seed in range(recipe.seed, recipe.seed + num_seeds):
         backbone, moves = begun.backbone(arch, session.inputs, seed)
         random = Backbone.create(backbone.arch, session.inputs, seed=seed)
         birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
@@ -220,10 +226,10 @@ def _run_arms(
         # splits, augmentation, batches and input size are the same.
         scratch = session.resolved(transfer.as_scratch(), random)
         record = begun.record(moves, session.dataset)
-        if seed == seeds[0]:
+        if seed == recipe.seed:
             arms["probe_transplanted"].append(_probed(session, backbone))
             session.on_progress(Note(transplant_table(record["transplant"])))
-            session.estimate(backbone, [transfer, scratch] * len(seeds))
+            session.estimate(backbone, [transfer, scratch] * num_seeds)
         random.load_state_dict(birth)
         for arm, network, settled, kept in (
             ("transfer", backbone, transfer, record),
@@ -237,8 +243,8 @@ def _run_arms(
             )
             record_evaluation(run, found, session.dataset, session.cache, "test")
             arms[arm].append(found)
-            told = f"{arm:<8} seed {seed}: test balanced accuracy {point(found, 'balanced_accuracy'):.3f}"
-            session.on_progress(Note(told))
+            value = point(found, metric)
+            session.on_progress(Note(f"{arm:<8} seed {seed}: test {metric} {value:.3f}"))
     return arms
 
 
@@ -256,9 +262,7 @@ def _probed(session: Session, backbone: Backbone) -> Predictions:
     return tabulate(solution.logits(features[test]), dataset, test)
 
 
-def _judged(
-    session: Session, arms: dict[str, list[Predictions]], metric: str
-) -> dict[str, Any]:
+def _judged(session: Session, arms: dict[str, list[Predictions]], metric: str) -> dict[str, Any]:
     judgement = judge(arms["transfer"], arms["scratch"], metric)
     chance = 1 / len(session.dataset.class_names)
     return {

@@ -3,6 +3,7 @@
 torch is imported by the verbs, inside the commands: `regraft --help` answers at once.
 """
 
+import io
 import json
 import sys
 import traceback
@@ -335,9 +336,7 @@ def predict(
     from regraft.storage import write_text
 
     with _progress() as told:
-        table, broken = api.predict(
-            run, images, arch=arch, engine=Engine(device), on_progress=told
-        )
+        table, broken = api.predict(run, images, arch=arch, engine=Engine(device), on_progress=told)
     if json_:
         _print_json({"predictions": to_records(table, broken)})
     elif out is None:
@@ -405,9 +404,9 @@ def demo(*, out: Path = Path("regraft-demo"), seeds: int = 6) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs a command line and exits: 0 done, otherwise as the error says."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-        sys.stderr.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that are no valid Unicode
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
@@ -443,9 +442,13 @@ def _transfer_recipe(strategy: str | None, training: TrainingArguments) -> "Reci
 def _refuse_no_start(start: Path | None, strategy: str) -> None:
     if start is not None:
         return
-    frozen = "" if strategy == "full" else (
-        f": `--strategy {strategy}` would train a head on a frozen random backbone, which has "
-        "learned nothing and never will"
+    frozen = (
+        ""
+        if strategy == "full"
+        else (
+            f": `--strategy {strategy}` would train a head on a frozen random backbone, which has "
+            "learned nothing and never will"
+        )
     )
     raise UsageError(
         f"there is no `--start` to carry over{frozen}",
@@ -467,7 +470,8 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         f"{comparison['low']:+.3f} to {comparison['high']:+.3f}"
     )
     print(
-        f"{count(comparison['num_seeds'], 'seed')}, {count(comparison['num_images'], 'test image')}; "
+        f"{count(comparison['num_seeds'], 'seed')}, "
+        f"{count(comparison['num_images'], 'test image')}; "
         f"the least difference this test set can show is {comparison['least_detectable']:.3f}\n"
     )
     print(f"{'test images':<36}accuracy         balanced accuracy")
@@ -527,7 +531,9 @@ def _progress() -> Iterator[Callable[[Any], None]]:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         yield _Teller(console, bars)
 
 

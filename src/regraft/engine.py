@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regraft.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 PROBE_PIXELS = 32 * 128 * 128  # in a timed step: fills the cores, and is short at 224 px
 PROBE_STEPS = 2
@@ -44,9 +44,7 @@ class Engine:
         module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def autocast(self) -> "torch.autocast":
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)

@@ -40,9 +40,7 @@ class InputSpec:
         if channels == self.channels:
             return self
         mean, std = sum(self.mean) / len(self.mean), sum(self.std) / len(self.std)
-        return replace(
-            self, channels=channels, mean=(mean,) * channels, std=(std,) * channels
-        )
+        return replace(self, channels=channels, mean=(mean,) * channels, std=(std,) * channels)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

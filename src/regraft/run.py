@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What `run.json` holds: verb, recipe, data, inputs, start, transplant, device, versions."""
+        """What `run.json` holds: verb, recipe, data, inputs, start, transplant, engine."""
         return read_json(self.folder / "run.json")  # type: ignore[no-any-return]
 
     @property

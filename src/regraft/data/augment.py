@@ -69,9 +69,7 @@ def augment(
     return _erase(images_BCHW, draws, how.erase) if how.erase else images_BCHW
 
 
-def uniform(
-    seed: int, epoch: int, samples: NDArray[np.int64], number: int
-) -> NDArray[np.float32]:
+def uniform(seed: int, epoch: int, samples: NDArray[np.int64], number: int) -> NDArray[np.float32]:
     """Returns numbers in [0, 1), shape (samples, number), a function of the arguments alone.
 
     Source: SplitMix64, Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195.
@@ -101,8 +99,12 @@ def _warp(images_BCHW: Tensor, signed: Tensor, how: Augmentation) -> Tensor:
     # affine_grid works on [-1, 1] for each side: a rotation must undo the aspect of the image.
     theta = torch.stack(
         [
-            torch.stack([cos * aspect * mirror, -sin * height / width, how.shift * 2 * signed[:, 4]], 1),
-            torch.stack([sin * mirror * width / height, cos / aspect, how.shift * 2 * signed[:, 5]], 1),
+            torch.stack(
+                [cos * aspect * mirror, -sin * height / width, how.shift * 2 * signed[:, 4]], 1
+            ),
+            torch.stack(
+                [sin * mirror * width / height, cos / aspect, how.shift * 2 * signed[:, 5]], 1
+            ),
         ],
         dim=1,
     )

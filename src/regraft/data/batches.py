@@ -6,6 +6,7 @@ evaluation is a property of its signature.
 
 from collections.abc import Iterator
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from regraft.data.augment import Augmentation, augment, uniform
 from regraft.inputs import InputSpec
 
-Images = NDArray[np.uint8] | NDArray[np.uint16]
+Images = NDArray[Any]  # uint8 or uint16, (image, height, width, channel)
 Rows = NDArray[np.int64]
 
 

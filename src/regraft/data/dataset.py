@@ -218,7 +218,9 @@ class _Reading:
             new_name |= {old.strip(): name.strip() for old in old_names.split(",")}
         known = {image.label for image in self.listing.images}
         if unknown := sorted(set(new_name) - known):
-            self.listing.problems.append(f"`--relabel` names {shorten(unknown)}, which do not exist")
+            self.listing.problems.append(
+                f"`--relabel` names {shorten(unknown)}, which do not exist"
+            )
         kept = []
         for image in self.listing.images:
             if image.label in new_name:
@@ -328,7 +330,13 @@ class _Reading:
         else:
             split_of = {}
         return [
-            Sample(image.path, image.label, split_of.get(row) or image.split or "train", sha, image.group)
+            Sample(
+                image.path,
+                image.label,
+                split_of.get(row) or image.split or "train",
+                sha,
+                image.group,
+            )
             for row, (image, sha) in enumerate(zip(images, hashes, strict=True))
         ]
 
@@ -348,7 +356,9 @@ class _Reading:
         names = {split: {s.label for s in samples if s.split == split} for split in SPLITS}
         for split in ("val", "test"):
             if extra := sorted(names[split] - names["train"]):
-                self.listing.problems.append(f"{split} has classes that train lacks: {shorten(extra)}")
+                self.listing.problems.append(
+                    f"{split} has classes that train lacks: {shorten(extra)}"
+                )
             if lacking := sorted(names["train"] - names[split]):
                 note = f"{split} has no images of {shorten(lacking)}"
                 (self.notes if names[split] else self.listing.problems).append(note)
@@ -375,12 +385,14 @@ class _Reading:
             for sample, original in copies:
                 samples.remove(sample)
                 self.listing.excluded.append((sample.path, f"same bytes as `{original.path}`"))
-            self.notes.append(f"{count(len(copies), 'copy', 'copies')} across splits left out (allowed)")
+            self.notes.append(
+                f"{count(len(copies), 'copy', 'copies')} across splits left out (allowed)"
+            )
             return
         sample, original = copies[0]
         self.listing.problems.append(
-            f"{count(len(copies), 'image is', 'images are')} in {original.split} and {sample.split} "
-            f"with equal bytes, e.g. `{original.path}` = `{sample.path}`"
+            f"{count(len(copies), 'image is', 'images are')} in {original.split} and "
+            f"{sample.split} with equal bytes, e.g. `{original.path}` = `{sample.path}`"
         )
 
     def _refuse_problems(self) -> None:

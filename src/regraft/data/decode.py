@@ -8,9 +8,11 @@ import gzip
 import io
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ BACKGROUND = 255  # transparent pixels are composited over white, whatever colou
 
 IDX_ENTRY = re.compile(r"^(?P<file>.*-idx[134]-ubyte(?:\.gz)?)#(?P<row>\d+)$")
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+Pixels = NDArray[Any]  # uint8 or uint16, (height, width, channels)
 
 
 class UnreadableImage(Exception):
@@ -141,7 +143,7 @@ def _read_idx(path: str, _mtime_ns: int) -> Pixels:
 
 def _read_array(content: bytes) -> Pixels:
     try:
-        pixels = np.load(io.BytesIO(content), allow_pickle=False)
+        pixels: Pixels = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UnreadableImage("not-an-image", f"not a NumPy array: {error}") from error
     if pixels.ndim == 2:
@@ -152,7 +154,7 @@ def _read_array(content: bytes) -> Pixels:
             f"has shape {pixels.shape} of {pixels.dtype}; "
             "expected (height, width[, channels]) of uint8 or uint16",
         )
-    return pixels  # type: ignore[no-any-return]
+    return pixels
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -211,7 +213,7 @@ def _over_background(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(canvas, rgba)
 
 
-_TO_ARRAY = {
+_TO_ARRAY: dict[str, Callable[[Image.Image], Image.Image]] = {
     "1": lambda image: image.convert("L"),
     "L": lambda image: image,
     "LA": lambda image: _over_background(image).convert("L"),
@@ -240,4 +242,5 @@ def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
         )
         for channel in range(pixels.shape[2])
     ]
-    return np.rint(np.stack(planes, axis=2)).astype(pixels.dtype)
+    stacked: Pixels = np.rint(np.stack(planes, axis=2)).astype(pixels.dtype)
+    return stacked

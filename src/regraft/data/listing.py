@@ -167,10 +167,10 @@ def _walk(root: Path, folder: Path, listing: Listing) -> Iterator[str]:
     # followlinks=False: a link to a parent folder would count every image many times.
     for here, folders, files in os.walk(folder, followlinks=False):
         for name in sorted(folders):
-            path = Path(here, name)
-            if name.startswith(".") or name == "__MACOSX" or path.is_symlink():
-                reason = "linked folder" if path.is_symlink() else "hidden or system folder"
-                listing.excluded.append((path.relative_to(root).as_posix(), reason))
+            inner = Path(here, name)
+            if name.startswith(".") or name == "__MACOSX" or inner.is_symlink():
+                reason = "linked folder" if inner.is_symlink() else "hidden or system folder"
+                listing.excluded.append((inner.relative_to(root).as_posix(), reason))
                 folders.remove(name)
         folders.sort()
         for name in sorted(files):

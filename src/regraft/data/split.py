@@ -49,4 +49,6 @@ def assign_splits(
 
 
 def _place(group: str) -> str:
-    return hashlib.sha256(b"regraft split 1\0" + group.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(
+        b"regraft split 1\0" + group.encode("utf-8", "surrogateescape")
+    ).hexdigest()

@@ -1,3 +1,289 @@
+"""Report: one self-contained HTML page about Runs and comparisons. It shows, and computes nothing.
+
+Names of classes, files and folders come from anywhere: the template escapes all that it shows
+(`autoescape`), and `readable` spells out what would be invisible or turn the text around.
+"""
+
+import base64
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-def write_report(folders, out):
-    return Path(out)
+from typing import Any
+
+from regraft.delivery.figures import Series, arms, curves, paired_differences
+from regraft.errors import ArtefactError, UsageError, shorten
+from regraft.progress import duration
+from regraft.run import FAILED, FINISHED, INTERRUPTED, RUNNING, SCHEMA, Run
+from regraft.storage import read_json, read_json_lines, write_text
+
+MOST_THUMBNAILS = 24
+MOST_CONFUSED = 30  # classes: assumed, a larger matrix cannot be read on a page
+MOST_CLASSES = 200  # rows of the table per class, assumed
+MOST_NAMES = 50  # class names and excluded files, assumed
+METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "nll": "NLL",
+    "ece": "ECE",
+}
+ARMS = {
+    "transfer": "transfer",
+    "scratch": "scratch",
+    "probe_transplanted": "probe, transplanted",
+    "probe_random": "probe, random",
+}
+CURVES = {
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
+    "val_balanced_accuracy": "validation balanced accuracy",
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_report(folders: list[Path], out: Path) -> Path:
+    """Writes the page and returns its path.
+
+    Args:
+        folders: Runs and comparisons, in the order of the page.
+        out: The HTML file; an earlier one is replaced.
+
+    Raises:
+        ArtefactError: A folder is neither a Run nor a comparison, or lacks what the page shows.
+        UsageError: `out` is something else than a page.
+    """
+    if out.is_dir() or (out.exists() and out.suffix not in (".html", ".htm")):
+        raise UsageError(
+            f"`{out}` exists already and is no HTML page", hint="choose an `--out` ending in `.html`"
+        )
+    page = _rendered(folders)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page)
+    return out
+
+
+def readable(text: str) -> str:
+    """Returns text in which control, bidi and undecodable characters are spelled as `\\u202e`."""
+    return "".join(_spelled(character) for character in text)
+
+
+def _spelled(character: str) -> str:
+    # The two joiners shape letters and emoji; all others of these categories are invisible.
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if not hidden or character in "\u200c\u200d":
+        return character
+    code = ord(character)
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def _rendered(folders: Sequence[Path]) -> str:
+    from jinja2 import Environment, StrictUndefined, UndefinedError
+    from markupsafe import Markup
+
+    def finalize(value: Any) -> Any:
+        return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "signed": _signed,
+        "shown": _shown,
+        "placeless": _placeless,
+        "figure": Markup,  # only for what delivery/figures.py draws
+    }
+    source = files("regraft.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    try:
+        sections = [_section(folder) for folder in folders]
+        template = environment.from_string(source)
+        return template.render(sections=sections, metrics=METRICS).strip() + "\n"
+    except (KeyError, UndefinedError) as error:
+        raise ArtefactError(
+            f"{shorten(map(str, folders))} cannot be shown: {error} is missing in a file",
+            hint="use the regraft version that wrote it, or restore the folder from a copy",
+        ) from error
+
+
+def _section(folder: Path) -> dict[str, Any]:
+    if (folder / "run.json").is_file():
+        run = Run.open(folder)
+        return {
+            "kind": "run",
+            "name": folder.resolve().name,
+            "notices": _notices(run),
+            "run": _about(run),
+            "curves": _curves([run]),
+        }
+    if (folder / "comparison.json").is_file():
+        return _comparison(folder)
+    if not folder.exists():
+        raise ArtefactError(f"`{folder}` does not exist", hint="check the path")
+    if runs := sorted(str(path.parent) for path in folder.glob("*/run.json")):
+        raise ArtefactError(
+            f"`{folder}` holds runs, but no `comparison.json`: the comparison has not finished",
+            hint=f"name the runs themselves: {shorten(runs)}",
+        )
+    raise ArtefactError(
+        f"`{folder}` is neither a run nor a comparison: it has no `run.json` or `comparison.json`",
+        hint="name a folder that `regraft pretrain`, `finetune` or `compare` has written",
+    )
+
+
+def _comparison(folder: Path) -> dict[str, Any]:
+    comparison = read_json(folder / "comparison.json")
+    if comparison.get("schema") != SCHEMA:
+        raise ArtefactError(
+            f"`{folder}` has schema {comparison.get('schema')}; this version reads {SCHEMA}",
+            hint="use the regraft version that wrote it",
+        )
+    transfer, scratch = _runs(folder, "transfer"), _runs(folder, "scratch")
+    seeds = [f"seed {run.record['recipe']['seed']}" for run in transfer]
+    if len(seeds) != len(comparison["per_seed"]):
+        seeds = [f"seed no. {number + 1}" for number in range(len(comparison["per_seed"]))]
+    metric = METRICS.get(comparison["metric"], comparison["metric"])
+    known = {arm: name for arm, name in ARMS.items() if arm in comparison["arms"]}
+    return {
+        "kind": "comparison",
+        "name": folder.resolve().name,
+        "notices": [notice for run in (*transfer, *scratch) for notice in _notices(run)],
+        "comparison": comparison,
+        "metric": metric,
+        "arms": known,
+        "differences": paired_differences(comparison, seeds, metric),
+        "arms_figure": arms(comparison, known, metric),
+        "curves": _curves([*transfer, *scratch]),
+        "run": _about(transfer[0]) if transfer else None,
+        "control": scratch[0].record["recipe"] if scratch else None,
+    }
+
+
+def _runs(folder: Path, arm: str) -> list[Run]:
+    found = [
+        (int(match[1]), path.parent)
+        for path in folder.glob(f"{arm}-*/run.json")
+        if (match := re.fullmatch(rf"{arm}-(\d+)", path.parent.name))
+    ]
+    return [Run.open(path) for _, path in sorted(found)]
+
+
+def _notices(run: Run) -> list[str]:
+    """Returns what a reader must know before any number of this Run."""
+    name, status, epochs = run.folder.resolve().name, _status(run), run.epochs()
+    state = status["state"]
+    place = "before the first epoch ended"
+    if epochs:
+        place = f"after epoch {epochs[-1]['epoch']} of {epochs[-1]['num_epochs']}"
+    told = {
+        INTERRUPTED: f"{name}: interrupted {place}. Not a finished training.",
+        RUNNING: f"{name}: running, or ended without a word, {place}. Not a finished training.",
+        FAILED: f"{name}: failed: {_placeless(str(status.get('reason', 'no reason given')))}",
+    }
+    notices = [] if state == FINISHED else [told.get(state, f"{name}: state {state}")]
+    if allowed := run.record["data"]["options"].get("allow"):
+        notices.append(f"{name}: findings in the data were allowed by name: {', '.join(allowed)}")
+    evaluation = _evaluation(run)
+    if evaluation and evaluation["run"] != run.record["id"]:
+        notices.append(f"{name}: its evaluation.json belongs to another run, {evaluation['run']}")
+    return notices
+
+
+def _status(run: Run) -> dict[str, Any]:
+    # A run that dies between its first two files has no status yet.
+    return run.status if (run.folder / "status.json").is_file() else {"state": RUNNING}
+
+
+def _evaluation(run: Run) -> Any:
+    path = run.folder / "evaluation.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _about(run: Run) -> dict[str, Any]:
+    evaluation, times = _evaluation(run), read_json_lines(run.folder / "times.jsonl")
+    excluded = []
+    if run.record["data"]["excluded"]:
+        excluded = [sample for sample in run.samples() if "excluded" in sample][:MOST_NAMES]
+    return {
+        "name": run.folder.resolve().name,
+        "record": run.record,
+        "status": _status(run),
+        "epochs": run.epochs(),
+        "duration": duration(times[-1]["elapsed_s"]) if times else None,
+        "evaluation": evaluation,
+        "confusion": _confusion(evaluation) if evaluation else None,
+        "per_class": evaluation["per_class"][:MOST_CLASSES] if evaluation else [],
+        "mistakes": _mistakes(run, evaluation) if evaluation else [],
+        "class_names": run.class_names[:MOST_NAMES],
+        "excluded": excluded,
+    }
+
+
+def _confusion(evaluation: dict[str, Any]) -> list[list[tuple[int, float]]] | None:
+    """Returns each count with the depth of its shade; None for more classes than can be read."""
+    if len(evaluation["class_names"]) > MOST_CONFUSED:
+        return None
+    return [
+        [(number, number / max(1, sum(row))) for number in row] for row in evaluation["confusion"]
+    ]
+
+
+def _mistakes(run: Run, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    shown = []
+    for number, mistake in enumerate(evaluation["mistakes"][:MOST_THUMBNAILS]):
+        path = run.folder / "mistakes" / f"{number:03d}.png"
+        content = path.read_bytes() if path.is_file() else b""
+        encoded = base64.b64encode(content).decode("ascii")
+        image = f"data:image/png;base64,{encoded}" if content.startswith(PNG) else None
+        shown.append({**mistake, "image": image})
+    return shown
+
+
+def _curves(runs: Sequence[Run]) -> list[str]:
+    """Returns the figures; none if no epoch has ended."""
+    series = []
+    for run in runs:
+        arm = "transfer" if run.record["verb"] == "finetune" else "scratch"
+        if epochs := run.epochs():
+            series.append(Series(arm, epochs, _status(run).get("best_epoch")))
+    return [curves(series, field, label) for field, label in CURVES.items()] if series else []
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return "\u2013"
+    return f"{value:.{digits}f}".replace("-", "\u2212")
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
+def _shown(value: Any) -> str:
+    """Returns a setting as people write it."""
+    match value:
+        case None:
+            return "\u2013"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.6g}"
+        case list() | tuple():
+            return ", ".join(map(_shown, value))
+        case dict():
+            return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
+    return str(value)
+
+
+def _placeless(text: str) -> str:
+    """Returns text in which absolute paths are cut down to their last part."""
+    quoted = r"(?<=`)(?:[A-Za-z]:)?[/\\][^`]*[/\\]"
+    bare = r"(?:(?<=[\s'\"(=])|^)(?:[A-Za-z]:)?[/\\][^\s`'\"]*[/\\]"
+    return re.sub(f"{quoted}|{bare}", "\u2026/", text)

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from regraft.evaluation.metrics import METRICS, RESAMPLES, SEED, Array, bootstrap_weights
+from regraft.evaluation.metrics import (
+    METRICS,
+    RESAMPLES,
+    SEED,
+    Array,
+    bootstrap_weights,
+    known_truth,
+)
 from regraft.evaluation.predictions import Predictions
 
 HELPED, HURT, CANNOT_TELL = "helped", "hurt", "cannot tell"
@@ -30,22 +37,18 @@ def judge(
     assert len(transfer) == len(scratch) > 0
     assert all(arm.paths == transfer[0].paths for arm in (*transfer, *scratch))
     first = transfer[0]
-    assert first.truth is not None
     ones = np.ones((1, len(first.paths)))
     pairs = [
         (METRICS[metric](ours), METRICS[metric](theirs))
         for ours, theirs in zip(transfer, scratch, strict=True)
     ]
     per_seed = [float((ours(ones) - theirs(ones))[0]) for ours, theirs in pairs]
-    chunks = bootstrap_weights(first.truth, first.groups, RESAMPLES)
+    chunks = bootstrap_weights(known_truth(first), first.groups, RESAMPLES)
     differences_SR = np.stack(
         [np.concatenate([ours(w) - theirs(w) for w in chunks]) for ours, theirs in pairs]
     )
     low, high = np.nanpercentile(_crossed(differences_SR), [2.5, 97.5])
-    if low > 0:
-        verdict = HELPED
-    else:
-        verdict = HURT if high < 0 else CANNOT_TELL
+    verdict = HELPED if low > 0 else HURT if high < 0 else CANNOT_TELL
     return {
         "verdict": verdict,
         "metric": metric,

@@ -21,11 +21,11 @@ SEED = 20261123  # of the bootstrap: the same predictions always give the same i
 
 def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     """Returns every metric as {value, low, high}, the confusion matrix and a table per class."""
-    assert predictions.truth is not None
+    truth = known_truth(predictions)
     document: dict[str, Any] = {"n": len(predictions.paths)}
     metrics = {name: metric(predictions) for name, metric in METRICS.items()}
     draws: dict[str, list[Array]] = {name: [] for name in metrics}
-    for weights_RN in bootstrap_weights(predictions.truth, predictions.groups, RESAMPLES):
+    for weights_RN in bootstrap_weights(truth, predictions.groups, RESAMPLES):
         for name, metric in metrics.items():
             draws[name].append(metric(weights_RN))
     ones = np.ones((1, len(predictions.paths)))
@@ -37,6 +37,11 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     document["confusion"] = confusion.astype(int).tolist()
     document["per_class"] = _per_class(predictions.class_names, confusion)
     return document
+
+
+def known_truth(predictions: Predictions) -> NDArray[np.int64]:
+    assert predictions.truth is not None
+    return predictions.truth
 
 
 def point(predictions: Predictions, name: str) -> float:
@@ -78,7 +83,7 @@ def bootstrap_weights(
 
 
 def _accuracy(predictions: Predictions) -> Callable[[Array], Array]:
-    correct = (predictions.predicted == predictions.truth).astype(float)
+    correct = (predictions.predicted == known_truth(predictions)).astype(float)
     return lambda weights_RN: _mean(weights_RN, correct)
 
 
@@ -105,7 +110,7 @@ def _macro_f1(predictions: Predictions) -> Callable[[Array], Array]:
 
 def _auroc(predictions: Predictions) -> Callable[[Array], Array]:
     """One class against the rest, averaged over the classes; ties count half."""
-    truth, scores_NK = predictions.truth, predictions.probabilities
+    truth, scores_NK = known_truth(predictions), predictions.probabilities
 
     def of_class(label: int, weights_RN: Array) -> Array:
         values, place = np.unique(scores_NK[:, label], return_inverse=True)
@@ -129,14 +134,13 @@ def _auroc(predictions: Predictions) -> Callable[[Array], Array]:
 
 
 def _nll(predictions: Predictions) -> Callable[[Array], Array]:
-    assert predictions.truth is not None
-    losses = log_losses(predictions.probabilities, predictions.truth)
+    losses = log_losses(predictions.probabilities, known_truth(predictions))
     return lambda weights_RN: _mean(weights_RN, losses)
 
 
 def _ece(predictions: Predictions) -> Callable[[Array], Array]:
     confidence = predictions.probabilities.max(axis=1)
-    correct = (predictions.predicted == predictions.truth).astype(float)
+    correct = (predictions.predicted == known_truth(predictions)).astype(float)
     bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
     gap_NB = np.zeros((len(bins), ECE_BINS))
     gap_NB[np.arange(len(bins)), bins] = confidence - correct
@@ -156,8 +160,7 @@ METRICS: dict[str, Callable[[Predictions], Callable[[Array], Array]]] = {
 def _confusion(predictions: Predictions, weights_RN: Array) -> Array:
     """Returns RxKxK: rows are the truth, columns what was predicted."""
     number = len(predictions.class_names)
-    assert predictions.truth is not None
-    cells = predictions.truth * number + predictions.predicted
+    cells = known_truth(predictions) * number + predictions.predicted
     one_hot = np.zeros((len(cells), number * number))
     one_hot[np.arange(len(cells)), cells] = 1.0
     return (weights_RN @ one_hot).reshape(-1, number, number)
@@ -166,7 +169,11 @@ def _confusion(predictions: Predictions, weights_RN: Array) -> Array:
 def _per_class(names: tuple[str, ...], confusion: Array) -> list[dict[str, Any]]:
     table = []
     for label, name in enumerate(names):
-        hits, shown, said = confusion[label, label], confusion[label].sum(), confusion[:, label].sum()
+        hits, shown, said = (
+            confusion[label, label],
+            confusion[label].sum(),
+            confusion[:, label].sum(),
+        )
         table.append(
             {
                 "class": name,

@@ -39,7 +39,8 @@ class Predictions:
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        return self.probabilities.argmax(axis=1)
+        predicted: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return predicted
 
     def worst(self, most: int) -> NDArray[np.int64]:
         """Positions of the most confident mistakes, the worst first."""
@@ -69,9 +70,7 @@ def softmax(logits_NK: NDArray[np.float32]) -> NDArray[np.float64]:
     return normalised
 
 
-def to_csv(
-    predictions: Predictions | None, broken: Sequence[tuple[str, str]] = ()
-) -> str:
+def to_csv(predictions: Predictions | None, broken: Sequence[tuple[str, str]] = ()) -> str:
     """Returns a CSV (RFC 4180): path, truth if known, predicted, probability of each class, error.
 
     A cell that a spreadsheet would take for a formula is quoted with an apostrophe.

@@ -66,21 +66,21 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Returns features_BD."""
-        forward = getattr(self.body, "forward_features", self.body)
+        forward: Callable[[Tensor], Tensor] = getattr(self.body, "forward_features", self.body)
         maps = forward(images_BCHW)
         if maps.ndim == 4:
             channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
-            return maps.mean(dim=(1, 2) if channels_last else (2, 3))  # type: ignore[no-any-return]
+            return maps.mean(dim=(1, 2) if channels_last else (2, 3))
         if maps.ndim == 3:
             patches_BND = maps[:, getattr(self.body, "num_prefix_tokens", 0) :]
-            return patches_BND.mean(dim=1)  # type: ignore[no-any-return]
-        return maps  # type: ignore[no-any-return]
+            return patches_BND.mean(dim=1)
+        return maps
 
     def resized(self, size: tuple[int, int]) -> "Backbone":
         """Returns a copy for another input size; position embeddings are interpolated by timm."""
         body = deepcopy(self.body)
         if size != self.inputs.size and hasattr(body, "set_input_size"):
-            body.set_input_size(img_size=size)
+            body.set_input_size(img_size=size)  # type: ignore[operator]
         resized = Backbone(self.arch, body, replace(self.inputs, size=size))
         resized.is_random = self.is_random
         return resized
@@ -125,9 +125,11 @@ def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
             f"timm has no architecture `{arch}`",
             hint=f"perhaps {shorten(close)}" if close else "for your own write `file.py:factory`",
         )
-    body = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=inputs.channels)
+    body: nn.Module = timm.create_model(
+        arch, pretrained=False, num_classes=0, in_chans=inputs.channels
+    )
     if hasattr(body, "set_input_size"):
-        body.set_input_size(img_size=inputs.size)
+        body.set_input_size(img_size=inputs.size)  # type: ignore[operator]
     _drop_unused(body, inputs)
     return body
 

@@ -59,7 +59,9 @@ class Classifier(nn.Module):
         """Writes the weights, what they mean, and last the manifest that makes them count."""
         folder.mkdir(parents=True, exist_ok=True)
         # safetensors refuses channels-last tensors: they are stored contiguous.
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+        }
         with committed(folder / WEIGHTS) as temporary:
             save_file(state, temporary)
         document = _ModelFile(
@@ -106,7 +108,9 @@ class Classifier(nn.Module):
     def _load_exactly(self, state: dict[str, Tensor], folder: Path) -> None:
         own = self.state_dict()
         wrong = [name for name in state.keys() ^ own.keys()]
-        wrong += [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
+        wrong += [
+            name for name in state.keys() & own.keys() if state[name].shape != own[name].shape
+        ]
         if not wrong and not all(torch.isfinite(tensor).all() for tensor in state.values()):
             raise ArtefactError(
                 f"`{folder / WEIGHTS}` holds values that are not finite", hint="train again"

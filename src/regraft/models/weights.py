@@ -100,7 +100,9 @@ def _refusal(source: Backbone, target: Backbone, problems: list[str]) -> Artefac
     if source.inputs.channels != target.inputs.channels:
         hint = "change the channels with `--adapt channels`, or use images of the same kind"
     else:
-        hint = f"start from a Run of `{target.arch}`, or name the exceptions: `--adapt` {ADAPTATIONS}"
+        hint = (
+            f"start from a Run of `{target.arch}`, or name the exceptions: `--adapt` {ADAPTATIONS}"
+        )
     shown = problems[:3] + ([f"... and {len(problems) - 3} more"] if len(problems) > 3 else [])
     return ArtefactError(
         f"the weights of `{source.arch}` ({source.inputs.channels} channels) do not fit "

@@ -1,6 +1,6 @@
 """A phase made real: what is frozen, which parameters learn at which rate, and when."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import cos, pi
 
 import torch
@@ -25,7 +25,7 @@ def refuse_frozen_random(backbone: Backbone, recipe: Recipe) -> None:
             f"the backbone is random, and learning only `{freezing[0]}` would freeze it: a frozen "
             "random backbone stays random, however long the head trains",
             hint="give trained weights with `--start RUN`, or train all of it with "
-            "`regraft pretrain` (phases with `learns = \"all\"`)",
+            '`regraft pretrain` (phases with `learns = "all"`)',
         )
 
 
@@ -111,12 +111,15 @@ class Average:
         self.decay = decay
 
     def __call__(
-        self, averaged: list[torch.Tensor], current: list[torch.Tensor], steps: torch.Tensor
+        self,
+        averaged: Sequence[torch.Tensor],
+        current: Sequence[torch.Tensor],
+        steps: torch.Tensor | int,
     ) -> None:
         # The usual warm-up, as in TensorFlow's ExponentialMovingAverage: early weights fade fast.
         decay = min(self.decay, (1 + float(steps)) / (10 + float(steps)))
         if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
         else:
             for old, new in zip(averaged, current, strict=True):
                 old.copy_(new)

@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,7 +188,9 @@ class Recipe(BaseModel):
         same augmentation, batches and input size, for twice the epochs: a network that starts at
         random needs more steps, and a control that is cut short would make "helped" cheap.
         """
-        epochs = 2 * sum(int(p.epochs) for p in self.phases if p.learns != "head") or 2 * MOST_EPOCHS
+        epochs = (
+            2 * sum(int(p.epochs) for p in self.phases if p.learns != "head") or 2 * MOST_EPOCHS
+        )
         settled = {"goal": "scratch", "phases": (Phase(epochs=epochs),), "weight_decay": "auto"}
         return self.changed(settled)
 
@@ -212,9 +215,9 @@ class Recipe(BaseModel):
         augment = self.augment
         if augment == "auto":
             augment = "gentle" if is_grey else "natural"
-        steps = max(1, -(-num_images // batch))
+        steps = ceil(num_images / int(batch))
         phases = tuple(
-            self._resolved_phase(phase, normalisation, optimizer, batch, steps, num_images)
+            self._resolved_phase(phase, normalisation, optimizer, int(batch), steps, num_images)
             for phase in self.phases
         )
         changes = {"batch_size": batch, "optimizer": optimizer, "weight_decay": decay}

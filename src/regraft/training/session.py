@@ -108,7 +108,7 @@ class Session:
             backbone: Random or transplanted.
             recipe: Resolved.
             out: Folder of the Run, new.
-            record: `verb`, and for a transplanted backbone `start`, `transplant`, `lineage`, `seen`.
+            record: `verb`, and what `Start.record` gives for a transplanted backbone.
 
         Raises:
             Stopped: A signal came; the Run holds the best epoch so far.
@@ -160,8 +160,8 @@ class Session:
             shorter = f"; about {duration(smaller)} with `--image-size 64`"
         self.on_progress(
             Note(
-                f"time: about {duration(total)} for {count(epochs, 'epoch')} at {size[0]}x{size[1]} "
-                f"px on {self.engine.device} ({self.engine.precision}, "
+                f"time: about {duration(total)} for {count(epochs, 'epoch')} at "
+                f"{size[0]}x{size[1]} px on {self.engine.device} ({self.engine.precision}, "
                 f"{1 / seconds:.0f} images/s){shorter}"
             )
         )
@@ -224,7 +224,9 @@ class Start:
             channels = recipe.channels
         return replace(own.with_channels(channels), size=size)
 
-    def backbone(self, arch: str | None, inputs: InputSpec, seed: int) -> tuple[Backbone, list[Move]]:
+    def backbone(
+        self, arch: str | None, inputs: InputSpec, seed: int
+    ) -> tuple[Backbone, list[Move]]:
         """Returns a new backbone with the start's weights, and the table of what moved."""
         target = Backbone.create(arch or self.classifier.backbone.arch, inputs, seed=seed)
         source = self.classifier.backbone.resized(inputs.size)
@@ -273,11 +275,13 @@ def transplant_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         millions = row["num_values"] / 1e6
         lines.append(
-            f"              {row['stage']:<9} {row['what']:<9} {row['num_tensors']:>7}  {millions:.3f}"
+            f"{'':14}{row['stage']:<9} {row['what']:<9} {row['num_tensors']:>7}  {millions:.3f}"
         )
     taken = sum(row["num_values"] for row in rows if row["what"] == "taken")
     backbone = sum(row["num_values"] for row in rows if row["stage"] != "head")
-    lines.append(f"              {taken / backbone:.1%} of the backbone taken, checked after loading")
+    lines.append(
+        f"              {taken / backbone:.1%} of the backbone taken, checked after loading"
+    )
     return "\n".join(lines)
 
 
