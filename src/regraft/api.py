@@ -90,7 +90,7 @@ def finetune(
     begun = Start.load(Path(start), arch, adapt)
     dataset = _opened(data, Path(out))
     begun.refuse_leak(dataset)
-    backbone, moves = begun.backbone(arch, begun.inputs(recipe, dataset), recipe.seed)
+    backbone, moves = begun.backbone(begun.inputs(recipe, dataset), recipe.seed)
     session = Session.prepare(dataset, backbone.inputs, engine or Engine(), on_progress)
     recipe = session.resolved(recipe, backbone)
     record = begun.record(moves, session.dataset)
@@ -132,7 +132,7 @@ def compare(
     begun.refuse_leak(dataset)
     inputs = begun.inputs(recipe, dataset)
     session = Session.prepare(dataset, inputs, engine or Engine(), on_progress)
-    arms = _run_arms(session, begun, recipe, out, seeds, arch, metric)
+    arms = _run_arms(session, begun, recipe, out, seeds, metric)
     comparison = _judged(session, arms, metric)
     write_json(out / "comparison.json", comparison)
     report([out], out=out / "report.html")
@@ -209,7 +209,6 @@ def _run_arms(
     recipe: Recipe,
     out: Path,
     num_seeds: int,
-    arch: str | None,
     metric: str,
 ) -> dict[str, list[Predictions]]:
     """Trains and tests each arm with each seed; frozen features are probed beside them."""
@@ -217,8 +216,8 @@ def _run_arms(
         "transfer": [], "scratch": [], "probe_transplanted": [], "probe_random": [],
     }  # fmt: skip
     for seed in range(recipe.seed, recipe.seed + num_seeds):
-        backbone, moves = begun.backbone(arch, session.inputs, seed)
-        random = Backbone.create(backbone.arch, session.inputs, seed=seed)
+        backbone, moves = begun.backbone(session.inputs, seed)
+        random = begun.random_backbone(session.inputs, seed)
         birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
         arms["probe_random"].append(_probed(session, random))
         transfer = session.resolved(recipe.changed({"seed": seed}), backbone)

@@ -51,23 +51,25 @@ def curves(series: Sequence[Series], field: str, label: str) -> str:
     """Returns one field of every Run over its epochs: an arm has one colour and one dash."""
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         for one in series:
             known = [epoch for epoch in one.epochs if epoch[field] is not None]
             axes.plot(
                 [epoch["epoch"] for epoch in known],
                 [epoch[field] for epoch in known],
                 color=_colour(one.arm),
-                linestyle=(0, (4, 1.6)) if one.arm == "scratch" else "solid",
+                linestyle=(0, (4, 1.6)) if one.arm == "scratch" and len(series) > 1 else "solid",
                 linewidth=0.9 if len(series) > 2 else 1.5,
                 marker=MARKERS[one.arm],
                 markersize=4,
                 markevery=[i for i, epoch in enumerate(known) if epoch["epoch"] == one.best_epoch],
             )
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set(title=label, xlabel="epoch")
         axes.grid(axis="y")
 
-    return _svg(draw, (4.4, 2.9), f"{label} over the epochs of {len(series)} runs")
+    return _svg(draw, (3.7, 2.6), f"{label} over the epochs of {len(series)} runs")
 
 
 def paired_differences(comparison: Mapping[str, Any], seeds: Sequence[str], label: str) -> str:
@@ -82,13 +84,15 @@ def paired_differences(comparison: Mapping[str, Any], seeds: Sequence[str], labe
         axes.plot(interval, [0, 0], color=INK, linewidth=2.5, marker="|", markersize=9)
         axes.plot([comparison["difference"]], [0], "D", color=INK, markersize=7)
         axes.set_yticks([0, *rows], ["mean", *seeds])
-        axes.invert_yaxis()
+        axes.set_ylim(len(differences) + 0.6, -0.6)
+        axes.locator_params(axis="x", nbins=6)
         axes.margins(x=0.08)
         axes.set_xlabel(f"{label}: transfer \u2212 scratch")
         axes.grid(axis="x")
 
-    description = f"Difference of the arms in {label} for each of {len(differences)} seeds"
-    return _svg(draw, (5, 1.1 + 0.27 * (len(differences) + 1)), description)
+    told = [f"{seed} {value:+.3f}" for seed, value in zip(seeds, differences, strict=True)]
+    description = f"{label}, transfer minus scratch: {', '.join(told)}"
+    return _svg(draw, (4.6, 1.1 + 0.27 * (len(differences) + 1)), description)
 
 
 def arms(comparison: Mapping[str, Any], names: Mapping[str, str], label: str) -> str:
@@ -109,10 +113,11 @@ def arms(comparison: Mapping[str, Any], names: Mapping[str, str], label: str) ->
             axes.plot([value["mean"]], [row], "|", color=INK, markersize=20, markeredgewidth=1.6)
         axes.set_yticks(range(len(values)), [names[arm] for arm in values])
         axes.set_ylim(len(values) - 0.4, -0.6)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(label)
         axes.grid(axis="x")
 
-    return _svg(draw, (5, 1.0 + 0.42 * len(values)), f"{label} of {len(values)} arms")
+    return _svg(draw, (4.6, 1.1 + 0.5 * len(values)), f"{label} of {len(values)} arms")
 
 
 def _colour(arm: str) -> str:

@@ -8,7 +8,7 @@ import base64
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def write_report(folders: list[Path], out: Path) -> Path:
     """
     if out.is_dir() or (out.exists() and out.suffix not in (".html", ".htm")):
         raise UsageError(
-            f"`{out}` exists already and is no HTML page", hint="choose an `--out` ending in `.html`"
+            f"`{out}` exists already and is no HTML page",
+            hint="choose an `--out` ending in `.html`",
         )
     page = _rendered(folders)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,9 @@ def _rendered(folders: Sequence[Path]) -> str:
     from markupsafe import Markup
 
     def finalize(value: Any) -> Any:
-        return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return (
+            readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        )
 
     environment = Environment(
         autoescape=True,
@@ -94,13 +97,15 @@ def _rendered(folders: Sequence[Path]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "number": _number,
         "signed": _signed,
+        "whole": _whole,
         "shown": _shown,
         "placeless": _placeless,
         "figure": Markup,  # only for what delivery/figures.py draws
     }
+    environment.filters.update(filters)
     source = files("regraft.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
     try:
         sections = [_section(folder) for folder in folders]
@@ -108,7 +113,7 @@ def _rendered(folders: Sequence[Path]) -> str:
         return template.render(sections=sections, metrics=METRICS).strip() + "\n"
     except (KeyError, UndefinedError) as error:
         raise ArtefactError(
-            f"{shorten(map(str, folders))} cannot be shown: {error} is missing in a file",
+            f"{shorten(map(str, folders))} cannot be shown, a file lacks something: {error}",
             hint="use the regraft version that wrote it, or restore the folder from a copy",
         ) from error
 
@@ -149,7 +154,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
     seeds = [f"seed {run.record['recipe']['seed']}" for run in transfer]
     if len(seeds) != len(comparison["per_seed"]):
         seeds = [f"seed no. {number + 1}" for number in range(len(comparison["per_seed"]))]
-    metric = METRICS.get(comparison["metric"], comparison["metric"])
+    metric = METRICS[comparison["metric"]]
     known = {arm: name for arm, name in ARMS.items() if arm in comparison["arms"]}
     return {
         "kind": "comparison",
@@ -266,6 +271,10 @@ def _signed(value: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
+def _whole(value: int) -> str:
+    return f"{int(value):,}"  # int: what is undefined has no format, and must say so
+
+
 def _shown(value: Any) -> str:
     """Returns a setting as people write it."""
     match value:
@@ -275,7 +284,9 @@ def _shown(value: Any) -> str:
             return "yes" if value else "no"
         case float():
             return f"{value:.6g}"
-        case list() | tuple():
+        case [int(height), int(width)]:
+            return f"{height} \u00d7 {width}"
+        case list():
             return ", ".join(map(_shown, value))
         case dict():
             return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())

@@ -37,7 +37,8 @@ class Backbone(nn.Module):
 
     def __init__(self, arch: str, body: nn.Module, inputs: InputSpec) -> None:
         super().__init__()
-        self.arch = arch
+        # The file's place is nobody's business: artefacts hold no paths.
+        self.arch = Path(arch).name if is_own(arch) else arch
         self.body = body
         self.inputs = inputs
         self.is_random = True
@@ -193,8 +194,10 @@ def refuse_unnamed_code(saved: str, named: str | None) -> str:
     Raises:
         ArtefactError: The artefact would import code that the user has not named now.
     """
-    if not is_own(saved) or named is not None:
-        return named or saved
+    if not is_own(saved):
+        return saved
+    if named is not None and is_own(named):
+        return named
     raise ArtefactError(
         f"the model was built by `{saved}`, and code named in a file is never run unasked",
         hint=f"name it again: `--arch {saved}`",

@@ -202,7 +202,8 @@ class Start:
 
     classifier: Classifier
     run: Run | None
-    adapt: tuple[str, ...] = ()
+    arch: str
+    adapt: tuple[str, ...]
 
     @classmethod
     def load(cls, folder: Path, arch: str | None, adapt: Sequence[str]) -> "Start":
@@ -212,8 +213,8 @@ class Start:
             ArtefactError: It is none, or damaged.
         """
         run = Run.open(folder) if (folder / "run.json").is_file() else None
-        own = arch if arch is not None and ":" in arch else None
-        return cls(Classifier.load(folder, arch=own), run, tuple(adapt))
+        classifier = Classifier.load(folder, arch=arch)
+        return cls(classifier, run, arch or classifier.backbone.arch, tuple(adapt))
 
     def inputs(self, recipe: Recipe, dataset: Dataset) -> InputSpec:
         """Returns what the transplanted backbone expects; mean and std stay the start's."""
@@ -224,11 +225,13 @@ class Start:
             channels = recipe.channels
         return replace(own.with_channels(channels), size=size)
 
-    def backbone(
-        self, arch: str | None, inputs: InputSpec, seed: int
-    ) -> tuple[Backbone, list[Move]]:
+    def random_backbone(self, inputs: InputSpec, seed: int) -> Backbone:
+        """Returns the architecture with random weights."""
+        return Backbone.create(self.arch, inputs, seed=seed)
+
+    def backbone(self, inputs: InputSpec, seed: int) -> tuple[Backbone, list[Move]]:
         """Returns a new backbone with the start's weights, and the table of what moved."""
-        target = Backbone.create(arch or self.classifier.backbone.arch, inputs, seed=seed)
+        target = self.random_backbone(inputs, seed)
         source = self.classifier.backbone.resized(inputs.size)
         return target, transplant(source, target, self.adapt)
 
