@@ -1,6 +1,6 @@
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,8 @@ def make_shapes(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def shared_data() -> Iterator[Path]:
+def shared_data() -> Path:
     """The real images beside the project; nothing of them is ever copied into it."""
     if not SHARED.is_dir():
         pytest.skip(f"no real images in {SHARED}; set REGRAFT_TEST_DATA")
-    yield SHARED
+    return SHARED

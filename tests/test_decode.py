@@ -57,7 +57,9 @@ def refusal(content: bytes, name: str = "a.png") -> str:
 
 def png(size: tuple[int, int], depth: int, colour: int, raw: bytes) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     ihdr = struct.pack(">IIBBBBB", size[1], size[0], depth, colour, 0, 0, 0)
     body = chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
@@ -153,10 +155,6 @@ def test_transparent_pixels_are_white_whatever_colour_hides_beneath(
     assert np.unique(pixels).tolist() == [255]
 
 
-def test_half_transparent_black_is_grey() -> None:
-    assert np.unique(read(encoded(Image.new("RGBA", (3, 3), (0, 0, 0, 128))))).tolist() == [127]
-
-
 NOISE = RANDOM.integers(0, 256, (40, 40), dtype=np.uint8)
 JPEG, NOISE_PNG = encoded(NOISE, "JPEG"), encoded(NOISE)
 
@@ -187,10 +185,6 @@ def test_what_is_no_image_is_named_for_what_it_is(content: bytes, told: str) -> 
     assert refusal(content, "a.jpg") == told
 
 
-def test_a_wrong_suffix_does_not_matter() -> None:
-    np.testing.assert_array_equal(read(encoded(GREY), "a.jpg")[:, :, 0], GREY)
-
-
 @pytest.mark.parametrize("side", [7_100, 10_000, 30_000])
 def test_too_many_pixels_are_refused_from_the_header(side: int) -> None:
     bomb = png((side, side), 8, 0, b"")  # it has no pixels: decoding it would say `truncated`
@@ -207,16 +201,17 @@ def test_an_array_file_reads_as_it_is(array: NDArray[Any]) -> None:
     assert read_header(saved(array), "a.npy").bit_depth == array.dtype.itemsize * 8
 
 
-@pytest.mark.parametrize("shape", [(6,), (6, 8, 3, 1), (0, 8)])
-def test_an_array_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    told = refusal(saved(np.zeros(shape, np.uint8)), "a.npy")
-    assert told.startswith(f"array: has shape {shape if len(shape) != 2 else (0, 8, 1)} of uint8")
-
-
-def test_an_array_of_floats_is_refused() -> None:
-    assert "of float64; expected (height, width[, channels]) of uint8" in refusal(
-        saved(np.zeros((4, 4))), "a.npy"
-    )
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (np.zeros(6, np.uint8), "array: has shape (6,) of uint8; expected (height, width["),
+        (np.zeros((6, 8, 3, 1), np.uint8), "array: has shape (6, 8, 3, 1) of uint8; expected"),
+        (np.zeros((0, 8), np.uint8), "array: has shape (0, 8, 1) of uint8; expected"),
+        (np.zeros((4, 4)), "array: has shape (4, 4, 1) of float64; expected"),
+    ],
+)
+def test_an_array_of_another_form_is_refused(array: NDArray[Any], told: str) -> None:
+    assert refusal(saved(array), "a.npy").startswith(told)
 
 
 class _Trap:
@@ -308,7 +303,7 @@ def test_a_row_of_an_idx_file_is_an_image(tmp_path: Path, suffix: str) -> None:
     name = f"train-images-idx3-ubyte{suffix}"
     (tmp_path / name).write_bytes(gzip.compress(idx(STACK)) if suffix else idx(STACK))
     content = read_content(tmp_path, f"{name}#000002")
-    assert read_header(content, f"{name}#000002") == Header((4, 5), 1, 8)  # type: ignore[arg-type]
+    assert read_header(content, f"{name}#000002") == Header((4, 5), 1, 8)
     pixels = read_pixels(content, f"{name}#000002", size=(4, 5), channels=1)
     np.testing.assert_array_equal(pixels[:, :, 0], STACK[2])
 
@@ -339,21 +334,21 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, name: str, content: bytes, 
 @pytest.mark.parametrize("path", ["b-images-idx3-ubyte#000000", "a-images-idx3-ubyte#000003"])
 def test_an_idx_row_that_does_not_exist_is_missing(tmp_path: Path, path: str) -> None:
     (tmp_path / "a-images-idx3-ubyte").write_bytes(idx(STACK))
-    with pytest.raises(UnreadableImage, match="^missing: "):
+    with pytest.raises(UnreadableImage, match=r"^missing: "):
         read_content(tmp_path, path)
 
 
-def test_an_encoded_image_reads_back_and_carries_no_metadata() -> None:
-    content = encode_png(FEW_COLOURS)
-    np.testing.assert_array_equal(read(content), FEW_COLOURS)
+@pytest.mark.parametrize(
+    ("pixels", "shown"), [(FEW_COLOURS, FEW_COLOURS), (RAMP16[..., None], RAMP16[..., None] >> 8)]
+)
+def test_an_encoded_image_reads_back_in_8_bits_and_carries_no_metadata(
+    pixels: Pixels, shown: Pixels
+) -> None:
+    content = encode_png(pixels)
+    np.testing.assert_array_equal(read(content), shown)
     kinds, position = [], 8
     while position < len(content):
         length = int.from_bytes(content[position : position + 4])
         kinds.append(content[position + 4 : position + 8])
         position += 12 + length
     assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"}
-
-
-def test_an_encoded_16_bit_image_shows_its_high_bytes() -> None:
-    pixels = read(encode_png(RAMP16[:, :, None]))
-    np.testing.assert_array_equal(pixels[:, :, 0], RAMP16 >> 8)

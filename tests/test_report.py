@@ -157,7 +157,9 @@ def evaluation_of(names: tuple[str, ...], num_mistakes: int) -> dict[str, Any]:
     }
 
 
-def make_comparison(folder: Path, *, verdict: str = "helped", runs: bool = True) -> Path:
+def make_comparison(
+    folder: Path, *, verdict: str = "helped", seeds: tuple[int, ...] = (0, 1)
+) -> Path:
     sign = -1 if verdict == "hurt" else 1
     arm = {
         metric: {"mean": 0.81777, "std": 0.02711, "values": [0.79, 0.84]}
@@ -180,7 +182,7 @@ def make_comparison(folder: Path, *, verdict: str = "helped", runs: bool = True)
         "data": {"name": "even-odd", "fingerprint": "4111", "splits": {"test": 757}},
     }
     write(folder / "comparison.json", comparison)
-    for seed in (0, 1) if runs else ():
+    for seed in seeds:
         make_run(folder / f"transfer-{seed}", seed=seed)
         make_run(folder / f"scratch-{seed}", seed=seed, verb="pretrain")
     return folder
@@ -219,6 +221,7 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
         for name in {"src", "href", "xlink:href"} & attributes.keys():
             expected = "data:image/png;base64," if tag == "img" else "#"
             assert str(attributes[name]).startswith(expected)
+    assert page.count("style") == 1
     policy = [a["content"] for t, a in page.elements if a.get("http-equiv")]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
@@ -239,7 +242,10 @@ def test_hostile_class_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_hidden_characters_are_spelled_out_and_letters_are_not() -> None:
-    assert readable("a\u202eb\u2066\u200b\ufeff\x7f") == r"a\u202eb\u2066\u200b\ufeff\u007f"
+    assert (
+        readable("a\u202eb\u2066\u200b\u2028\u2029\x7f")
+        == r"a\u202eb\u2066\u200b\u2028\u2029\u007f"
+    )
     assert readable("\U000e0001") == r"\U000e0001"
     assert (
         readable("Größe, 膝, می\u200cخواهم, 👩\u200d🔬") == "Größe, 膝, می\u200cخواهم, 👩\u200d🔬"
@@ -301,7 +307,7 @@ def test_the_users_own_matplotlib_settings_change_nothing(tmp_path: Path) -> Non
 
     run = make_run(tmp_path / "r")
     first = write_report([run], tmp_path / "1.html").read_bytes()
-    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 40}):
+    with matplotlib.rc_context({"axes.linewidth": 7, "font.size": 40}):
         assert write_report([run], tmp_path / "2.html").read_bytes() == first
         assert matplotlib.rcParams["font.size"] == 40
 
@@ -331,9 +337,15 @@ def test_numbers_on_the_page_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_a_comparison_without_its_runs_still_shows_its_verdict(tmp_path: Path) -> None:
-    text = page_of(tmp_path, make_comparison(tmp_path / "c", runs=False)).text
+    text = page_of(tmp_path, make_comparison(tmp_path / "c", seeds=())).text
     assert "The transfer helped" in text
     assert "curves are not shown" in text
+
+
+def test_the_first_run_is_that_of_the_lowest_seed(tmp_path: Path) -> None:
+    text = page_of(tmp_path, make_comparison(tmp_path / "c", seeds=(10, 9))).text
+    assert "The first transfer run, transfer-9" in text
+    assert text.index("seed 9") < text.index("seed 10")
 
 
 def test_mistakes_stand_in_order_and_no_more_than_24(tmp_path: Path) -> None:
@@ -420,8 +432,9 @@ def test_only_a_page_is_replaced(tmp_path: Path) -> None:
     before = (run / "run.json").read_bytes()
     with pytest.raises(UsageError, match="no HTML page"):
         write_report([run], run / "run.json")
+    (tmp_path / "folder.html").mkdir()
     with pytest.raises(UsageError, match="no HTML page"):
-        write_report([run], run)
+        write_report([run], tmp_path / "folder.html")
     assert (run / "run.json").read_bytes() == before
     out = tmp_path / "report.html"
     out.write_text("old")

@@ -1,7 +1,6 @@
 """Every durable write is whole or absent, and damage is named."""
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from regraft.storage import (
     committed_folder,
     read_json,
     read_json_lines,
-    sha256_of,
     sha256_of_file,
     to_json,
     verify_manifest,
@@ -30,13 +28,23 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    write_text(path, "old")
-    with pytest.raises(RuntimeError, match="half-way"), committed(path) as temporary:
+def write_half(path: Path, error: Exception) -> None:
+    with committed(path) as temporary:
         temporary.write_text("half of the n")
-        raise RuntimeError("half-way")
-    assert path.read_text() == "old"
+        raise error
+
+
+def fill_half(path: Path, error: Exception) -> None:
+    with committed_folder(path) as temporary:
+        (temporary / "one").write_text("1")
+        raise error
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(RuntimeError, match="half-way"):
+        write_half(tmp_path / "a.txt", RuntimeError("half-way"))
+    assert (tmp_path / "a.txt").read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
 
@@ -51,9 +59,8 @@ def test_nothing_stands_under_the_name_before_the_write_is_whole(tmp_path: Path)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
 def test_a_full_or_forbidden_disk_is_told_as_such(tmp_path: Path, number: int) -> None:
     write_text(tmp_path / "a.txt", "old")
-    with pytest.raises(EnvironmentFault) as caught, committed(tmp_path / "a.txt") as temporary:
-        temporary.write_text("ne")
-        raise OSError(number, os.strerror(number))
+    with pytest.raises(EnvironmentFault) as caught:
+        write_half(tmp_path / "a.txt", OSError(number, os.strerror(number)))
     assert f"a.txt` cannot be written: {os.strerror(number)}" in str(caught.value)
     assert "hint: free space or choose another place" in str(caught.value)
     assert caught.value.exit_code == 5
@@ -77,12 +84,8 @@ def test_permissions_follow_the_umask_even_where_the_writer_set_others(
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with (
-        pytest.raises(RuntimeError),
-        committed_folder(tmp_path / "entry") as temporary,
-    ):
-        (temporary / "one").write_text("1")
-        raise RuntimeError
+    with pytest.raises(RuntimeError, match="half-way"):
+        fill_half(tmp_path / "entry", RuntimeError("half-way"))
     assert names(tmp_path) == []
     with committed_folder(tmp_path / "entry") as temporary:
         (temporary / "one").write_text("1")
@@ -127,17 +130,6 @@ def test_a_damaged_file_is_named(sealed: Path, damage: Callable[[Path], None], t
     assert f"`{sealed}` is damaged or was changed" in str(caught.value)
 
 
-def test_all_damaged_files_are_named_at_once(sealed: Path) -> None:
-    (sealed / "model.safetensors").unlink()
-    (sealed / "model.json").write_text("{}")
-    with pytest.raises(ArtefactError) as caught:
-        verify_manifest(sealed)
-    assert [problem.split("`")[1] for problem in caught.value.problems] == [
-        "model.safetensors",
-        "model.json",
-    ]
-
-
 @pytest.mark.parametrize("name", ["../secret", "inner/secret"])
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"
@@ -175,7 +167,8 @@ def test_a_name_that_is_no_unicode_survives_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(None, "is missing"), (b'{"a": ', "is not valid JSON"), (b"\xff", "JSON")]
+    ("content", "told"),
+    [(None, "is missing"), (b'{"a": ', "is not valid JSON"), (b"\xff", "is not valid JSON")],
 )
 def test_json_that_cannot_be_read_names_its_file(
     tmp_path: Path, content: bytes | None, told: str
@@ -185,7 +178,7 @@ def test_json_that_cannot_be_read_names_its_file(
         path.write_bytes(content)
     with pytest.raises(ArtefactError) as caught:
         read_json(path)
-    assert f"`{path}` {told}" in str(caught.value) or told == "JSON"
+    assert f"`{path}` {told}" in str(caught.value)
 
 
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
@@ -204,8 +197,3 @@ def test_a_line_after_one_that_was_cut_off_is_kept(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     append_json_line(path, {"epoch": 2})
     assert read_json_lines(path) == [{"epoch": 1}, {"epoch": 2}]
-
-
-def test_the_hash_of_a_document_depends_on_its_values_only() -> None:
-    assert sha256_of({"a": 1, "b": [2]}) == sha256_of(json.loads('{"b":[2],  "a":1}'))
-    assert sha256_of({"a": 1}) != sha256_of({"a": 2})

@@ -6,7 +6,7 @@
 # CIFAR10_FOLDER has class folders below train/ and test/; MNIST_FOLDER has the four IDX files.
 # Neither is at hand? `python download.py DATA` fetches both, then: ./run.sh DATA/cifar10 DATA/mnist OUT
 set -euo pipefail
-cifar10=$1 mnist=$2 out=$3 arch=${4:-vgg16_bn}
+cifar10=$1 mnist=$2 out=$3 arch=${4:-resnet10t}
 parity=(--relabel even=0,2,4,6,8 --relabel odd=1,3,5,7,9 --per-class 100)
 
 # 1. Train the whole network on Dataset1, from random weights.

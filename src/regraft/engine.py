@@ -31,10 +31,8 @@ class Engine:
 
         chosen = _device(device)
         self.precision = _precision(chosen) if precision == "auto" else precision
-        self._accelerator: Accelerator = Accelerator(
-            cpu=chosen.type == "cpu",
-            mixed_precision="bf16" if self.precision == "bf16" else "no",
-        )
+        # Precision is ours (`autocast`): accelerate allows one per process for ever.
+        self._accelerator: Accelerator = Accelerator(cpu=chosen.type == "cpu")
         self.device = chosen
 
     def place(self, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from regraft.evaluation.metrics import (
 )
 from regraft.evaluation.predictions import Predictions
 
+LOWER_IS_BETTER = frozenset({"nll", "ece"})
 HELPED, HURT, CANNOT_TELL = "helped", "hurt", "cannot tell"
 
 
@@ -48,7 +49,8 @@ def judge(
         [np.concatenate([ours(w) - theirs(w) for w in chunks]) for ours, theirs in pairs]
     )
     low, high = np.nanpercentile(_crossed(differences_SR), [2.5, 97.5])
-    verdict = HELPED if low > 0 else HURT if high < 0 else CANNOT_TELL
+    better, worse = (HURT, HELPED) if metric in LOWER_IS_BETTER else (HELPED, HURT)
+    verdict = better if low > 0 else worse if high < 0 else CANNOT_TELL
     return {
         "verdict": verdict,
         "metric": metric,

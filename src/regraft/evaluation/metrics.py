@@ -32,9 +32,9 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     for name, metric in metrics.items():
         low, high = np.nanpercentile(np.concatenate(draws[name]), [2.5, 97.5])
         document[name] = {"value": float(metric(ones)[0]), "low": float(low), "high": float(high)}
-    confusion = _confusion(predictions, ones)[0]
+    confusion = _confusion(predictions)
     document["class_names"] = list(predictions.class_names)
-    document["confusion"] = confusion.astype(int).tolist()
+    document["confusion"] = confusion.tolist()
     document["per_class"] = _per_class(predictions.class_names, confusion)
     return document
 
@@ -88,22 +88,23 @@ def _accuracy(predictions: Predictions) -> Callable[[Array], Array]:
 
 
 def _balanced_accuracy(predictions: Predictions) -> Callable[[Array], Array]:
+    tallies = _tallies(predictions)
+
     def metric(weights_RN: Array) -> Array:
-        confusion = _confusion(predictions, weights_RN)
+        hits, shown, _ = tallies(weights_RN)
         with np.errstate(invalid="ignore"):
-            recall = np.diagonal(confusion, axis1=1, axis2=2) / confusion.sum(axis=2)
-        return _nanmean(recall)
+            return _nanmean(hits / shown)
 
     return metric
 
 
 def _macro_f1(predictions: Predictions) -> Callable[[Array], Array]:
+    tallies = _tallies(predictions)
+
     def metric(weights_RN: Array) -> Array:
-        confusion = _confusion(predictions, weights_RN)
-        hits = np.diagonal(confusion, axis1=1, axis2=2)
-        total = confusion.sum(axis=1) + confusion.sum(axis=2)
+        hits, shown, said = tallies(weights_RN)
         with np.errstate(invalid="ignore"):
-            return _nanmean(np.where(total > 0, 2 * hits / total, np.nan))
+            return _nanmean(2 * hits / (shown + said))
 
     return metric
 
@@ -157,16 +158,25 @@ METRICS: dict[str, Callable[[Predictions], Callable[[Array], Array]]] = {
 }
 
 
-def _confusion(predictions: Predictions, weights_RN: Array) -> Array:
-    """Returns RxKxK: rows are the truth, columns what was predicted."""
+def _tallies(
+    predictions: Predictions,
+) -> Callable[[Array], tuple[Array, Array, Array]]:
+    """Returns a function to RxK counts of each class: hit, shown (the truth), said (predicted)."""
+    truth, predicted = known_truth(predictions), predictions.predicted
+    classes = np.eye(len(predictions.class_names))
+    shown_NK, said_NK = classes[truth], classes[predicted]
+    hit_NK = shown_NK * said_NK
+    return lambda weights_RN: (weights_RN @ hit_NK, weights_RN @ shown_NK, weights_RN @ said_NK)
+
+
+def _confusion(predictions: Predictions) -> NDArray[np.int64]:
+    """Returns KxK counts: rows are the truth, columns what was predicted."""
     number = len(predictions.class_names)
     cells = known_truth(predictions) * number + predictions.predicted
-    one_hot = np.zeros((len(cells), number * number))
-    one_hot[np.arange(len(cells)), cells] = 1.0
-    return (weights_RN @ one_hot).reshape(-1, number, number)
+    return np.bincount(cells, minlength=number * number).reshape(number, number)
 
 
-def _per_class(names: tuple[str, ...], confusion: Array) -> list[dict[str, Any]]:
+def _per_class(names: tuple[str, ...], confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
     table = []
     for label, name in enumerate(names):
         hits, shown, said = (

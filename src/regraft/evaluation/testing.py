@@ -62,7 +62,10 @@ def test_images(run: Run, dataset: Dataset, split: str) -> Dataset:
                 f"`{dataset.root}` has {len(own) - missing} of the run's {len(own)} {split} images",
                 hint="give the whole dataset of the run, or a dataset that it has never seen",
             )
-        again = [replace(s, split=split, label=own[s.sha256]["class"]) for s in found]
+        again = [
+            replace(s, split=split, label=own[s.sha256]["class"], group=own[s.sha256]["group"])
+            for s in found
+        ]
         return replace(dataset, samples=tuple(again), class_names=run.class_names)
     return _foreign_images(run, dataset, split)
 

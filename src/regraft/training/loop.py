@@ -272,12 +272,13 @@ def label_entropy(state: _Fit) -> float:
 class _StallDetector:
     entropy: float
     patience: float
-    lowest: float = float("inf")
+    left_at: int = 0
 
     def check(self, train_loss: float, step: int) -> None:
-        """Raises NumericError where the training has not begun to tell images apart."""
-        self.lowest = min(self.lowest, train_loss)
-        if step < max(STALL_STEPS, self.patience) or self.lowest < LEFT_ENTROPY * self.entropy:
+        """Raises NumericError where the training does not, or no longer, tell images apart."""
+        if train_loss < LEFT_ENTROPY * self.entropy:
+            self.left_at = step
+        if step - self.left_at < max(STALL_STEPS, self.patience):
             return
         raise NumericError(
             f"training is stuck: after {step} steps the loss is {train_loss:.4f}, and always "

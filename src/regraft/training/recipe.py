@@ -312,7 +312,10 @@ def _validated(document: Mapping[str, Any], what: str) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        problems = [_problem(entry) for entry in error.errors(include_url=False)]
+        entries = error.errors(include_url=False)
+        # A phase that does not validate is also missing from the tuple: one mistake, told once.
+        inner = [entry for entry in entries if entry["loc"] != ("phases",)]
+        problems = [_problem(entry) for entry in inner or entries]
         raise _refusal(what, problems) from error
 
 

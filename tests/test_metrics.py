@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from regraft.evaluation.compare import judge, summarise
+from regraft.evaluation.metrics import METRICS, evaluate_predictions, point
+from regraft.evaluation.predictions import Predictions, softmax, to_csv, to_records
+
+
+def random_predictions(
+    number: int = 60, classes: int = 3, *, skill: float = 1.0, seed: int = 0, groups: int = 0
+) -> Predictions:
+    generator = np.random.default_rng(seed)
+    truth = np.arange(number) % classes
+    logits = generator.normal(0, 1, (number, classes))
+    logits[np.arange(number), truth] += skill
+    probabilities = np.round(softmax(logits.astype(np.float32)), 1)  # rounding makes ties
+    probabilities = (probabilities + 0.01) / (probabilities + 0.01).sum(axis=1, keepdims=True)
+    names = tuple(f"class {i}" for i in range(classes))
+    member = tuple(f"patient {i % groups}" for i in range(number)) if groups else None
+    return Predictions(
+        tuple(f"{i}.png" for i in range(number)), names, probabilities, truth, member
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_metrics_agree_with_scikit_learn(classes: int, seed: int) -> None:
+    found = random_predictions(classes=classes, seed=seed)
+    truth, scores = found.truth, found.probabilities
+    expected = {
+        "accuracy": sk.accuracy_score(truth, found.predicted),
+        "balanced_accuracy": sk.balanced_accuracy_score(truth, found.predicted),
+        "macro_f1": sk.f1_score(truth, found.predicted, average="macro"),
+        "nll": sk.log_loss(truth, scores),
+        "auroc": sk.roc_auc_score(
+            truth, scores[:, 1] if classes == 2 else scores, multi_class="ovr"
+        ),
+    }
+    for name, value in expected.items():
+        assert point(found, name) == pytest.approx(value, abs=1e-9), name
+    confusion = evaluate_predictions(found)["confusion"]
+    assert confusion == sk.confusion_matrix(truth, found.predicted).tolist()
+
+
+def test_weighted_metrics_equal_metrics_of_repeated_images() -> None:
+    found = random_predictions(30)
+    counts = np.random.default_rng(1).integers(0, 3, 30)
+    rows = np.repeat(np.arange(30), counts)
+    assert found.truth is not None
+    repeated = Predictions(
+        tuple(found.paths[row] for row in rows),
+        found.class_names,
+        found.probabilities[rows],
+        found.truth[rows],
+    )
+    for name, metric in METRICS.items():
+        weighted = float(metric(found)(counts[None, :].astype(float))[0])
+        assert weighted == pytest.approx(point(repeated, name), abs=1e-9), name
+
+
+def test_a_calibrated_classifier_has_no_calibration_error() -> None:
+    probabilities = np.tile([0.75, 0.25], (400, 1))
+    truth = np.array([0, 0, 0, 1] * 100)
+    paths = tuple(str(i) for i in range(400))
+    assert point(Predictions(paths, ("a", "b"), probabilities, truth), "ece") == pytest.approx(0)
+    wrong = Predictions(paths, ("a", "b"), probabilities, np.ones(400, np.int64))
+    assert point(wrong, "ece") == pytest.approx(0.75)
+
+
+def test_intervals_hold_the_value_and_shrink_with_more_images() -> None:
+    few = evaluate_predictions(random_predictions(60))
+    many = evaluate_predictions(random_predictions(960))
+    for name in METRICS:
+        assert few[name]["low"] <= few[name]["value"] <= few[name]["high"], name
+    width = [d["accuracy"]["high"] - d["accuracy"]["low"] for d in (few, many)]
+    assert width[1] < 0.4 * width[0]
+
+
+def test_images_of_one_patient_widen_the_interval() -> None:
+    alone = random_predictions(200)
+    copies = Predictions(  # ten patients with twenty equal images each
+        alone.paths,
+        alone.class_names,
+        np.repeat(alone.probabilities[:10], 20, axis=0),
+        np.repeat(np.arange(10) % 3, 20),
+        tuple(f"p{i // 20}" for i in range(200)),
+    )
+    independent = Predictions(
+        copies.paths, copies.class_names, copies.probabilities, copies.truth, None
+    )
+
+    def width(predictions: Predictions) -> float:
+        accuracy = evaluate_predictions(predictions)["accuracy"]
+        return float(accuracy["high"] - accuracy["low"])
+
+    assert width(copies) > 2 * width(independent)
+
+
+def test_the_same_predictions_give_the_same_evaluation() -> None:
+    assert evaluate_predictions(random_predictions()) == evaluate_predictions(random_predictions())
+
+
+def test_a_class_without_test_images_counts_in_no_average() -> None:
+    found = random_predictions(40, 2)
+    probabilities = np.hstack([found.probabilities, np.full((40, 1), 1e-6)])
+    extended = Predictions(found.paths, (*found.class_names, "rare"), probabilities, found.truth)
+    assert point(extended, "balanced_accuracy") == pytest.approx(point(found, "balanced_accuracy"))
+    assert evaluate_predictions(extended)["per_class"][2] == {
+        "class": "rare", "n": 0, "precision": None, "recall": None, "f1": None,
+    }  # fmt: skip
+
+
+def arms(skill: float, seeds: int = 4, number: int = 300) -> list[Predictions]:
+    return [random_predictions(number, skill=skill, seed=seed) for seed in range(seeds)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [(2.5, 0.5, "helped"), (0.5, 2.5, "hurt"), (1.0, 1.0, "cannot tell")],
+)
+def test_the_verdict_follows_the_difference(ours: float, theirs: float, verdict: str) -> None:
+    scratch = [random_predictions(300, skill=theirs, seed=seed) for seed in range(10, 14)]
+    found = judge(arms(ours), scratch, "balanced_accuracy")
+    assert found["verdict"] == verdict
+    assert found["low"] < found["difference"] < found["high"]
+    assert found["difference"] == pytest.approx(np.mean(found["per_seed"]))
+
+
+def test_a_lower_loss_is_help_too() -> None:
+    assert judge(arms(2.5), arms(0.5), "nll")["verdict"] == "helped"
+
+
+def test_equal_arms_are_rarely_told_apart() -> None:
+    verdicts = []
+    for trial in range(60):
+        both = [random_predictions(120, seed=100 * trial + seed) for seed in range(12)]
+        verdicts.append(judge(both[:6], both[6:], "accuracy")["verdict"])
+    # Nominal 5 %; a twelfth allows for 60 trials and small samples.
+    assert sum(verdict != "cannot tell" for verdict in verdicts) <= 5
+
+
+def test_a_larger_test_set_shows_smaller_differences() -> None:
+    small = judge(arms(1.0, number=100), arms(0.9, number=100), "accuracy")
+    large = judge(arms(1.0, number=900), arms(0.9, number=900), "accuracy")
+    assert large["least_detectable"] < 0.6 * small["least_detectable"]
+
+
+def test_an_arm_is_summarised_by_mean_and_spread() -> None:
+    values = [point(run, "accuracy") for run in arms(1.0)]
+    found = summarise(arms(1.0), "accuracy")
+    assert found["values"] == values
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["std"] == pytest.approx(np.std(values, ddof=1))
+    assert summarise(arms(1.0)[:1], "accuracy")["std"] is None
+
+
+def test_the_csv_is_safe_for_spreadsheets_and_tells_broken_files() -> None:
+    table = Predictions(("=1+1.png", 'a,"b".png'), ("-x", "y"), np.array([[0.9, 0.1], [0.2, 0.8]]))
+    text = to_csv(table, [("c.png", "truncated: no end")])
+    assert text.split("\r\n") == [
+        "path,predicted,probability,p(-x),p(y),error",
+        "'=1+1.png,'-x,0.900000,0.900000,0.100000,",
+        '"a,""b"".png",y,0.800000,0.200000,0.800000,',
+        "c.png,,,,,truncated: no end",
+        "",
+    ]
+    assert to_records(table, [("c.png", "truncated")])[0]["probabilities"] == {"-x": 0.9, "y": 0.1}
+
+
+def test_the_worst_mistakes_come_first() -> None:
+    table = Predictions(
+        ("a", "b", "c"),
+        ("x", "y"),
+        np.array([[0.6, 0.4], [0.9, 0.1], [0.1, 0.9]]),
+        np.array([1, 1, 1]),
+    )
+    assert table.worst(5).tolist() == [1, 0]

@@ -1,0 +1,259 @@
+from collections.abc import Callable
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regraft.data.batches import normalised
+from regraft.data.cache import Cache
+from regraft.data.dataset import Dataset
+from regraft.engine import Engine
+from regraft.errors import NumericError, UsageError
+from regraft.evaluation.metrics import log_losses
+from regraft.evaluation.predictions import infer, softmax
+from regraft.inputs import InputSpec
+from regraft.models.backbone import Backbone
+from regraft.models.classifier import Classifier
+from regraft.training.loop import Epoch, Material, Step, fit
+from regraft.training.optim import freeze, make_optimizer, scheduled_lr
+from regraft.training.probe import solve_head
+from regraft.training.recipe import Phase, Recipe
+
+MakeShapes = Callable[..., Path]
+ENGINE = Engine("cpu", "fp32")
+CPU = torch.device("cpu")
+NAMES = ("a", "b")
+
+
+def material(root: Path, size: int = 32, channels: int = 3) -> tuple[Material, InputSpec]:
+    dataset = Dataset.open(root)
+    cache, dataset = Cache.build(dataset, (size, size), channels)
+    inputs = cache.with_statistics(InputSpec((size, size), channels), dataset.rows("train"))
+    rows = (dataset.rows("train"), dataset.rows("val"))
+    return Material(cache.images, dataset.labels, *rows), inputs
+
+
+def settled(recipe: Recipe, found: Material, norm: str = "batch") -> Recipe:
+    return recipe.resolved(normalisation=norm, num_images=len(found.train_rows), is_grey=True)
+
+
+def classifier_of(arch: str, inputs: InputSpec, *, trained: bool = True) -> Classifier:
+    backbone = Backbone.create(arch, inputs)
+    backbone.is_random = not trained
+    return Classifier(backbone, NAMES)
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture
+def bars(make_shapes: MakeShapes) -> tuple[Material, InputSpec]:
+    return material(make_shapes(NAMES, 24))
+
+
+@pytest.mark.parametrize(("learns", "num_frozen"), [("head", 5), ("last:1", 4), ("last:3", 2)])
+def test_frozen_stages_stay_bit_identical(
+    bars: tuple[Material, InputSpec], learns: str, num_frozen: int
+) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs)
+    before = state_of(classifier.backbone)
+    recipe = settled(
+        Recipe(goal="transfer", phases=(Phase(learns=learns, epochs=2, lr=0.1),)), found
+    )
+    list(fit(classifier, found, recipe, ENGINE))
+    after = classifier.backbone.state_dict()
+    for stage, names in enumerate(classifier.backbone.stages):
+        same = [torch.equal(before[name], after[name]) for name in names]
+        assert all(same) if stage < num_frozen else not all(same), f"stage {stage}"
+
+
+def test_frozen_batch_norm_keeps_its_statistics_while_its_stage_learns(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs)
+    before = state_of(classifier.backbone)
+    phase = Phase(learns="all", epochs=1, lr=0.1, batch_norm="frozen")
+    list(fit(classifier, found, settled(Recipe(goal="transfer", phases=(phase,)), found), ENGINE))
+    after = classifier.backbone.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any("running" in name or "num_batches" in name for name in changed)
+    assert all(changed & set(names) for names in classifier.backbone.stages)
+
+
+@pytest.mark.parametrize("learns", ["head", "last:2"])
+def test_freezing_random_weights_is_refused(bars: tuple[Material, InputSpec], learns: str) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs, trained=False)
+    recipe = settled(Recipe(phases=(Phase(learns=learns),)), found)
+    with pytest.raises(UsageError, match="a frozen random backbone stays random"):
+        next(fit(classifier, found, recipe, ENGINE))
+
+
+def test_a_network_learns_from_scratch(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs, trained=False)
+    recipe = settled(Recipe.scratch().changed({"epochs": 12}), found)
+    records = list(fit(classifier, found, recipe, ENGINE))
+    epochs = [record for record in records if isinstance(record, Epoch)]
+    steps = [record for record in records if isinstance(record, Step)]
+    assert len(epochs) == 12
+    assert [step.step for step in steps] == list(range(1, steps[-1].num_steps + 1))
+    assert epochs[-1].val_balanced_accuracy >= 0.9
+    assert steps[-1].left_s == 0
+    assert not classifier.training
+    assert all(parameter.requires_grad for parameter in classifier.parameters())
+
+
+def test_the_same_seed_gives_the_same_bits(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    states = []
+    for disturbance in (1, 2):
+        torch.manual_seed(disturbance)
+        np.random.seed(disturbance)
+        classifier = classifier_of("resnet10t", inputs, trained=False)
+        list(
+            fit(classifier, found, settled(Recipe.scratch().changed({"epochs": 2}), found), ENGINE)
+        )
+        states.append(state_of(classifier))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_best_epoch_by_validation_loss_is_kept(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs, trained=False)
+    recipe = settled(Recipe.scratch().changed({"epochs": 6, "lr": 0.3}), found)
+    best = float("inf")
+    for record in fit(classifier, found, recipe, ENGINE):
+        if isinstance(record, Epoch):
+            assert record.is_best == (record.val_loss < best)
+            best = min(best, record.val_loss)
+    kept = infer(classifier, [normalised(found.images, found.val_rows, inputs, CPU)], ENGINE)
+    losses = log_losses(softmax(kept), found.labels[found.val_rows])
+    assert float(losses.mean()) == pytest.approx(best, rel=1e-4)
+
+
+def test_a_stopped_fit_leaves_the_best_weights(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs, trained=False)
+    before = state_of(classifier)
+    running = fit(classifier, found, settled(Recipe.scratch(), found), ENGINE)
+    for _ in range(3):
+        next(running)
+    running.close()  # what `break` does
+    assert not classifier.training
+    assert not torch.equal(before["head.weight"], classifier.state_dict()["head.weight"])
+    assert all(torch.isfinite(tensor).all() for tensor in classifier.state_dict().values())
+
+
+def test_a_learning_rate_that_diverges_is_told(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    classifier = classifier_of("vgg11", inputs, trained=False)
+    changes = {"lr": 1e18, "clip_norm": 0.0, "epochs": 3}
+    with pytest.raises(NumericError, match=r"loss is (nan|inf) in epoch \d at learning rate"):
+        list(fit(classifier, found, settled(Recipe.scratch().changed(changes), found), ENGINE))
+
+
+class Constant(nn.Module):
+    """Sees nothing: the same features for every image."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.new_ones(len(images_BCHW), 2)
+
+
+@pytest.mark.parametrize(("numbers", "weights", "entropy"), [
+    ((90, 10), "none", -0.9 * log(0.9) - 0.1 * log(0.1)),
+    ((90, 10), "balanced", log(2)),
+    ((50, 50), "none", log(2)),
+])  # fmt: skip
+def test_a_constant_predictor_is_stuck_at_the_entropy_of_its_labels(
+    numbers: tuple[int, int], weights: str, entropy: float
+) -> None:
+    labels = np.repeat([0, 1], numbers)
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), dtype=np.uint8)
+    rows = np.arange(100)
+    inputs = InputSpec((8, 8), 1, 8, (0.5,), (0.3,))
+    backbone = Backbone("constant.py:net", Constant(), inputs)
+    recipe = settled(
+        Recipe.scratch().changed({"epochs": 60, "lr": 0.3, "class_weights": weights}),
+        Material(images, labels, rows, rows),
+    )
+    with pytest.raises(NumericError) as stuck:
+        list(fit(Classifier(backbone, NAMES), Material(images, labels, rows, rows), recipe, ENGINE))
+    assert f"always answering with the class frequencies gives {entropy:.4f}" in str(stuck.value)
+    assert "`--set class_weights=balanced`" in str(stuck.value)
+
+
+def glorot(classifier: Classifier) -> None:
+    """Keras' initialisation of `VGG16(weights=None)`."""
+    generator = torch.Generator().manual_seed(0)
+    for module in classifier.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+def test_vgg16_with_glorot_weights_and_adam_is_found_stuck(make_shapes: MakeShapes) -> None:
+    """The network of the original question: plain VGG16, Glorot-uniform, Adam 1e-3."""
+    found, inputs = material(make_shapes(NAMES, 50))
+    classifier = classifier_of("vgg16", inputs, trained=False)
+    glorot(classifier)
+    changes = {"optimizer": "adam", "lr": 1e-3, "clip_norm": 0.0, "epochs": 16, "batch_size": 4}
+    recipe = settled(Recipe.scratch().changed(changes), found, "none")
+    with pytest.raises(NumericError, match="training is stuck: after"):
+        for _ in fit(classifier, found, recipe, Engine("cpu")):
+            pass
+
+
+@pytest.mark.slow
+def test_vgg16_with_our_recipe_is_not_stuck_on_the_same_images(make_shapes: MakeShapes) -> None:
+    found, inputs = material(make_shapes(NAMES, 100))
+    classifier = classifier_of("vgg16", inputs, trained=False)
+    recipe = settled(Recipe.scratch().changed({"epochs": 15}), found, "none")
+    epochs = [e for e in fit(classifier, found, recipe, Engine("cpu")) if isinstance(e, Epoch)]
+    assert epochs[-1].train_loss < 0.9 * log(2)
+
+
+def test_the_cosine_rises_then_ends_at_nothing() -> None:
+    phase = Phase(lr=1.0, warmup=0.1)
+    rates = [scheduled_lr(phase, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert max(rates) == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_lower_stages_learn_slower_and_norms_do_not_decay() -> None:
+    classifier = classifier_of("resnet10t", InputSpec((32, 32), 3))
+    phase = Phase(lr=1.0, layer_decay=0.5, epochs=1)
+    freeze(classifier, phase)
+    optimizer = make_optimizer(classifier, phase, Recipe(weight_decay=0.1, optimizer="sgd"))
+    factor = {
+        id(parameter): (group["factor"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert factor[id(classifier.head.weight)] == (1.0, 0.1)
+    assert factor[id(classifier.head.bias)] == (1.0, 0.0)
+    parameters = dict(classifier.backbone.named_parameters())
+    assert factor[id(parameters["body.conv1.0.weight"])] == (0.5**4, 0.1)
+    assert factor[id(parameters["body.bn1.weight"])] == (0.5**4, 0.0)
+    assert factor[id(parameters["body.layer4.0.conv1.weight"])] == (1.0, 0.1)
+    assert len(factor) == len(list(classifier.parameters()))
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_solved_head_separates_what_can_be_separated(num_classes: int) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(80) % num_classes
+    centres = generator.normal(0, 1, (num_classes, 6)) * [1, 1, 1, 1, 100, 0]
+    features = (centres[labels] + generator.normal(0, 0.1, (80, 6))).astype(np.float32)
+    features[:, 5] = 0.0  # dead
+    solution = solve_head(features[:40], labels[:40], features[40:], labels[40:])
+    assert (solution.logits(features[40:]).argmax(axis=1) == labels[40:]).all()
+    assert solution.weight.shape == (num_classes, 6)
