@@ -51,6 +51,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         generator = np.random.default_rng(seed)
         root = tmp_path / name
         for folder, number in layout.items():
+            assert not Path(folder).is_absolute()
             (root / folder).mkdir(parents=True, exist_ok=True)
             for i in range(number):
                 shape = size if mode == "L" else (*size, 3)

@@ -80,7 +80,11 @@ def test_compare_answers_and_keeps_everything(
 ) -> None:
     data = make_shapes(("x", "y"), 24, seed=3)
     found = api.compare(
-        data, out=tmp_path / "c", start=start, seeds=2, recipe=Recipe.transfer().changed({"epochs": 2})
+        data,
+        out=tmp_path / "c",
+        start=start,
+        seeds=2,
+        recipe=Recipe.transfer().changed({"epochs": 2}),
     )
     assert found["verdict"] in ("helped", "hurt", "cannot tell")
     assert {"metric", "difference", "low", "high", "least_detectable"} <= set(found)
@@ -103,7 +107,7 @@ def test_compare_answers_and_keeps_everything(
 
 
 def test_test_images_never_reach_the_training(
-    start: Path, make_shapes: MakeShapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:
     """Turning every test image plain grey changes neither weights nor metrics of the training."""
     data = make_shapes(("x", "y"), 12, splits=("train", "val", "test"))
@@ -153,9 +157,7 @@ def test_images_seen_in_training_are_refused(start: Path, source: Path, tmp_path
         api.evaluate(start, tmp_path / "seen")
 
 
-def test_new_images_of_known_classes_can_be_judged(
-    start: Path, make_shapes: MakeShapes, tmp_path: Path
-) -> None:
+def test_new_images_of_known_classes_can_be_judged(start: Path, make_shapes: MakeShapes) -> None:
     data = make_shapes(("a", "c"), 3, seed=99)
     assert api.evaluate(start, data)["n"] == 6
     data = make_shapes(("a", "unknown"), 3, seed=98, name="other")
@@ -202,7 +204,9 @@ def test_an_interrupt_leaves_a_loadable_run(make_shapes: MakeShapes, tmp_path: P
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Stopped, match="stopped by SIGINT; the best epoch so far is saved") as stopped:
+    with pytest.raises(
+        Stopped, match="stopped by SIGINT; the best epoch so far is saved"
+    ) as stopped:
         api.pretrain(
             make_shapes(("a", "b"), 12),
             out=tmp_path / "run",

@@ -1,5 +1,6 @@
 """The page about Runs and comparisons."""
 
+import itertools
 import json
 import re
 import struct
@@ -387,7 +388,7 @@ def test_headings_stand_in_order_and_tables_have_headers(tmp_path: Path) -> None
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert all(a.get("scope") in ("row", "col") for tag, a in page.elements if tag == "th")
     assert page.count("caption") == page.count("table")
     assert all(a.get("alt") for tag, a in page.elements if tag == "img")

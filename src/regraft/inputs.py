@@ -39,6 +39,7 @@ class InputSpec:
         """Returns the specification for another number of channels: their mean and std averaged."""
         if channels == self.channels:
             return self
+        assert self.mean, "measured by the first training"
         mean, std = sum(self.mean) / len(self.mean), sum(self.std) / len(self.std)
         return replace(self, channels=channels, mean=(mean,) * channels, std=(std,) * channels)
 

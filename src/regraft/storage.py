@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, BinaryIO
 
 from regraft.errors import ArtefactError, EnvironmentFault
 
@@ -110,8 +110,9 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, document: Any) -> None:
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(to_json(document) + "\n")
+    with path.open("ab+") as stream:
+        _drop_cut_off_line(stream)
+        stream.write(to_json(document).encode("ascii") + b"\n")
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -123,6 +124,14 @@ def read_json_lines(path: Path) -> list[Any]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+def _drop_cut_off_line(stream: BinaryIO) -> None:
+    """Cuts an append that was cut off, so that the next line stands alone."""
+    end = stream.seek(0, os.SEEK_END)
+    if end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -151,15 +160,14 @@ def verify_manifest(folder: Path) -> None:
     Raises:
         ArtefactError: The manifest or a file is missing, or a size or hash differs.
     """
-    files = read_json(folder / MANIFEST)["files"]
     problems = []
-    for name, expected in files.items():
+    for name, size, sha256 in _read_manifest(folder / MANIFEST):
         path = folder / name
         if Path(name).name != name or not path.is_file():
             problems.append(f"`{name}` is missing")
-        elif path.stat().st_size != expected["size"]:
-            problems.append(f"`{name}` has {path.stat().st_size} bytes, not {expected['size']}")
-        elif sha256_of_file(path) != expected["sha256"]:
+        elif path.stat().st_size != size:
+            problems.append(f"`{name}` has {path.stat().st_size} bytes, not {size}")
+        elif sha256_of_file(path) != sha256:
             problems.append(f"`{name}` is not the file that was saved (sha256 differs)")
     if problems:
         raise ArtefactError(
@@ -167,6 +175,17 @@ def verify_manifest(folder: Path) -> None:
             problems=problems,
             hint="restore the folder from a copy, or train again",
         )
+
+
+def _read_manifest(path: Path) -> list[tuple[str, int, str]]:
+    try:
+        files = read_json(path)["files"]
+        return [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(
+            f"`{path}` is no manifest of this version: {error!r}",
+            hint="restore the folder from a copy",
+        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+# Draws 0 to 12 transform an image; its place in the epoch has a draw of its own, since a shared
+# one would fill each batch with images turned by the same angle.
+ORDER_DRAW = 13
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -60,7 +64,7 @@ def augment(
     """Returns transformed copies of normalised images (mean 0, std 1 for each channel)."""
     if how == Augmentation():
         return images_BCHW
-    draws = torch.from_numpy(uniform(seed, epoch, samples, 13)).to(images_BCHW)
+    draws = torch.from_numpy(uniform(seed, epoch, samples, ORDER_DRAW)).to(images_BCHW)
     signed = 2 * draws - 1
     images_BCHW = _warp(images_BCHW, signed, how)
     if how.contrast or how.brightness:

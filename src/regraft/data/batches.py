@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from regraft.data.augment import Augmentation, augment, uniform
+from regraft.data.augment import ORDER_DRAW, Augmentation, augment, uniform
 from regraft.inputs import InputSpec
 
 Images = NDArray[Any]  # uint8 or uint16, (image, height, width, channel)
@@ -33,10 +33,12 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Rows]]:
     """Yields (images_BCHW, their rows), every row once, in an order given by (seed, epoch).
 
-    Batches differ in size by one image at most, so none is left with a single image, on which
-    BatchNorm cannot compute a variance.
+    Batches differ in size by one image at most, so with a batch size of 3 or more none is left
+    with a single image, on which BatchNorm cannot compute a variance.
     """
-    order = rows[np.argsort(uniform(seed, epoch, rows, 1)[:, 0], kind="stable")]
+    order = rows[
+        np.argsort(uniform(seed, epoch, rows, ORDER_DRAW + 1)[:, ORDER_DRAW], kind="stable")
+    ]
     for chosen in np.array_split(order, num_batches(len(rows), batch_size)):
         plain = normalised(images, chosen, inputs, device)
         yield augment(plain, chosen, how, seed=seed, epoch=epoch), chosen
@@ -60,7 +62,7 @@ def normalised(images: Images, rows: Rows, inputs: InputSpec, device: torch.devi
     chosen = images[rows].astype(np.float32) if images.dtype == np.uint16 else images[rows]
     images_BHWC = torch.from_numpy(chosen).to(device, torch.float32)
     largest = float(np.iinfo(images.dtype).max)
-    mean = torch.tensor(inputs.mean, device=device) * largest
-    std = torch.tensor(inputs.std, device=device) * largest
+    mean = torch.tensor(inputs.mean, dtype=torch.float32, device=device) * largest
+    std = torch.tensor(inputs.std, dtype=torch.float32, device=device) * largest
     # The permuted view is channels-last already: no copy.
     return ((images_BHWC - mean) / std).permute(0, 3, 1, 2)

@@ -4,7 +4,9 @@ It lies in the user's cache folder (`REGRAFT_CACHE`), never in the data, and is 
 and decode rule: the same images in another folder find it again.
 """
 
+import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.data.dataset import Dataset, Sample, unreadable_problem, unusable
-from regraft.data.decode import Pixels, UnreadableImage, read_content, read_pixels
+from regraft.data.decode import Pixels, UnreadableImage, quiet_codecs, read_content, read_pixels
+from regraft.errors import ArtefactError
 from regraft.inputs import DECODER, InputSpec
 from regraft.storage import committed_folder, read_json, sha256_of, write_json
 
@@ -57,7 +60,9 @@ class Cache:
             DataError: Images cannot be decoded; all of them are named.
         """
         folder = cache_home() / _key(dataset, size, channels)
-        if not folder.is_dir():
+        cached = _load(folder)
+        if cached is None:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged: no reader needs it by name
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 _fill(folder, dataset, size, channels, on_progress)
@@ -66,8 +71,9 @@ class Cache:
                     problem = unreadable_problem([(s.path, error) for s, error in found.broken])
                     raise unusable(dataset.root, [problem]) from found
                 return cls.build(dataset.without(found.broken), size, channels, on_progress)
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        return cls(images, bool(read_json(folder / "cache.json")["is_grey"])), dataset
+            cached = _load(folder)
+        assert cached is not None
+        return cached, dataset
 
     def statistics(self, rows: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns mean and standard deviation of each channel over these rows, on [0, 1]."""
@@ -96,6 +102,15 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
 
 
+def _load(folder: Path) -> Cache | None:
+    """Returns the entry, or None where there is none or it is damaged."""
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        return Cache(images, bool(read_json(folder / "cache.json")["is_grey"]))
+    except (OSError, ValueError, KeyError, TypeError, ArtefactError):
+        return None
+
+
 def _key(dataset: Dataset, size: tuple[int, int], channels: int) -> str:
     contents = [sample.sha256 for sample in dataset.samples]
     return sha256_of([1, DECODER, list(size), channels, dataset.bit_depth, contents])
@@ -117,6 +132,9 @@ def _fill(
     def decode(sample: Sample) -> Pixels | UnreadableImage:
         try:
             content = read_content(dataset.root, sample.path)
+            raw = content if isinstance(content, bytes) else content.tobytes()
+            if hashlib.sha256(raw).hexdigest() != sample.sha256:
+                raise UnreadableImage("changed", "not the bytes that were listed")
             return read_pixels(content, sample.path, size=size, channels=channels)
         except UnreadableImage as error:
             return error
@@ -146,7 +164,7 @@ def _fill(
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yields the results in order; Pillow releases the interpreter lock, so all cores decode."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with quiet_codecs(), ThreadPoolExecutor(os.cpu_count()) as pool:
         iterator = iter(items)
         while chunk := list(islice(iterator, CHUNK)):
             yield from pool.map(function, chunk)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.data.decode import Header, UnreadableImage, read_content, read_header
+from regraft.data.decode import Header, UnreadableImage, quiet_codecs, read_content, read_header
 from regraft.data.listing import Listed, Listing, list_csv, list_folder
 from regraft.data.split import SPLITS, assign_splits
 from regraft.errors import DataError, RegraftError, UsageError, count, shorten
@@ -164,12 +164,11 @@ class _Reading:
     def dataset(self) -> Dataset:
         self.listing = self._list()
         self._relabel()
-        self._refuse_problems()
         images, hashes, headers = self._read_headers()
         channels, bit_depth = self._common_form(images, headers)
         if not self.whole:
             self._check_classes(images)
-        self._refuse_problems()
+            self._check_labels(images, hashes)
         images = self._group(images)
         if self.whole:
             samples = [
@@ -215,7 +214,13 @@ class _Reading:
                     f"`--relabel {entry}` is not understood",
                     hint="write `--relabel even=0,2,4,6,8`",
                 )
-            new_name |= {old.strip(): name.strip() for old in old_names.split(",")}
+            for old in map(str.strip, old_names.split(",")):
+                if old in new_name:
+                    raise UsageError(
+                        f"`--relabel` gives `{old}` to `{new_name[old]}` and to `{name.strip()}`",
+                        hint="name each class once",
+                    )
+                new_name[old] = name.strip()
         known = {image.label for image in self.listing.images}
         if unknown := sorted(set(new_name) - known):
             self.listing.problems.append(
@@ -239,7 +244,7 @@ class _Reading:
             raw = content if isinstance(content, bytes) else content.tobytes()
             return hashlib.sha256(raw).hexdigest(), header
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with quiet_codecs(), ThreadPoolExecutor(os.cpu_count()) as pool:
             results = list(pool.map(read, self.listing.images))
         images, hashes, headers, broken = [], [], [], []
         for image, result in zip(self.listing.images, results, strict=True):
@@ -281,6 +286,19 @@ class _Reading:
                 shown = ", ".join(f"{name!a}" for name in same)
                 self.listing.problems.append(f"classes that differ by spelling only: {shown}")
 
+    def _check_labels(self, images: Sequence[Listed], hashes: Sequence[str]) -> None:
+        first: dict[str, Listed] = {}
+        for image, sha256 in zip(images, hashes, strict=True):
+            first.setdefault(sha256, image)
+        pairs = [
+            f"{first[sha256].path}` = `{image.path}"
+            for image, sha256 in zip(images, hashes, strict=True)
+            if first[sha256].label != image.label
+        ]
+        if pairs:
+            noun = count(len(pairs), "image has", "images have")
+            self.listing.problems.append(f"{noun} two labels with equal bytes: {shorten(pairs)}")
+
     def _group(self, images: Sequence[Listed]) -> list[Listed]:
         if self.options.group_regex is None:
             return list(images)
@@ -294,7 +312,7 @@ class _Reading:
         grouped, unmatched = [], []
         for image in images:
             match = pattern.search(Path(image.path).name)
-            if match is None:
+            if match is None or (pattern.groups and match[1] is None):
                 unmatched.append(image.path)
             else:
                 grouped.append(replace(image, group=match[1] if pattern.groups else match[0]))
@@ -322,7 +340,6 @@ class _Reading:
                 shown = ", ".join(f"`{name}` ({n})" for name, n in sorted(small.items())[:3])
                 noun = count(len(small), "class has", "classes have")
                 self.listing.problems.append(f"{noun} fewer than {MIN_IMAGES} images: {shown}")
-                self._refuse_problems()
             made = assign_splits(labels, [groups[row] for row in free], wanted=missing)
             split_of = dict(zip(free, made, strict=True))
             if given:

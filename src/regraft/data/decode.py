@@ -8,7 +8,9 @@ import gzip
 import io
 import re
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +28,8 @@ MAX_PIXELS = 50_000_000  # assumed: above any radiograph, far below a decompress
 BACKGROUND = 255  # transparent pixels are composited over white, whatever colour hides beneath
 
 IDX_ENTRY = re.compile(r"^(?P<file>.*-idx[134]-ubyte(?:\.gz)?)#(?P<row>\d+)$")
+
+NOT_REGULAR = ("not-a-file", "a folder, pipe or device")
 
 Pixels = NDArray[Any]  # uint8 or uint16, (height, width, channels)
 
@@ -55,11 +59,15 @@ def read_content(root: Path, path: str) -> bytes | Pixels:
         UnreadableImage: The file is missing, not a regular file, or forbidden.
     """
     if entry := IDX_ENTRY.match(path):
-        image: Pixels = read_idx(root / entry["file"])[int(entry["row"]), ..., None]
-        return image
+        try:
+            image: Pixels = read_idx(root / entry["file"])[int(entry["row"]), ..., None]
+            return image
+        except (OSError, IndexError) as error:
+            raise UnreadableImage("missing", str(error)) from error
     try:
         if not (root / path).is_file():  # a pipe or socket would block for ever
-            raise UnreadableImage("missing", "no such file")
+            is_there = (root / path).exists()
+            raise UnreadableImage(*NOT_REGULAR if is_there else ("missing", "no such file"))
         return (root / path).read_bytes()
     except OSError as error:
         raise UnreadableImage("unreadable-file", error.strerror or str(error)) from error
@@ -105,6 +113,16 @@ def read_pixels(
     return _resize(pixels, size)
 
 
+@contextmanager
+def quiet_codecs() -> Iterator[None]:
+    """Silences Pillow; for the main thread, around its workers: filters are of the process."""
+    with warnings.catch_warnings():
+        # Odd EXIF blocks are not used, and `MAX_PIXELS` is below Pillow's own limit.
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 def read_idx(path: Path) -> Pixels:
     """Returns the array of an IDX file (MNIST's format: magic, sizes, unsigned bytes), cached.
 
@@ -129,12 +147,14 @@ def _read_idx(path: str, _mtime_ns: int) -> Pixels:
     content = Path(path).read_bytes()
     try:
         content = gzip.decompress(content) if path.endswith(".gz") else content
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UnreadableImage("truncated", f"not a whole gzip file: {error}") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or not 1 <= content[3] <= 3:
         raise UnreadableImage("not-an-image", "not an IDX file of unsigned bytes")
     dimensions = content[3]
-    shape = tuple(np.frombuffer(content, ">u4", dimensions, 4).astype(int))
+    if len(content) < 4 + 4 * dimensions:
+        raise UnreadableImage("truncated", "its header is cut off")
+    shape = tuple(np.frombuffer(content, ">u4", dimensions, 4).tolist())
     pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if pixels.size != np.prod(shape):
         raise UnreadableImage("truncated", f"holds {pixels.size} bytes where {shape} are expected")
@@ -143,8 +163,9 @@ def _read_idx(path: str, _mtime_ns: int) -> Pixels:
 
 def _read_array(content: bytes) -> Pixels:
     try:
-        pixels: Pixels = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        # Not `np.load`: it opens zip archives and pickles too.
+        pixels: Pixels = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:
         raise UnreadableImage("not-an-image", f"not a NumPy array: {error}") from error
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
@@ -161,10 +182,7 @@ def _opened(content: bytes) -> Image.Image:
     if not content:
         raise UnreadableImage("empty-file", "0 bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF blocks: not used
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage("too-many-pixels", f"more than {MAX_PIXELS:,}") from error
     except (OSError, ValueError, SyntaxError) as error:
@@ -174,9 +192,16 @@ def _opened(content: bytes) -> Image.Image:
     # Pillow gives 16-bit colour PNGs as 8-bit, silently: the depth byte of IHDR tells.
     if image.format == "PNG" and content[24] == 16 and not image.mode.startswith("I;16"):
         raise UnreadableImage("mode", "16-bit colour PNG, which Pillow would cut to 8 bits")
+    if image.format == "TIFF" and _is_deep_colour(image):
+        raise UnreadableImage("mode", "16-bit colour TIFF, which Pillow would cut to 8 bits")
     if image.mode not in _TO_ARRAY and not image.mode.startswith("I;16"):
         raise UnreadableImage("mode", f"pixel mode `{image.mode}` has no exact reading")
     return image
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]  # BitsPerSample
+    return max(bits) > 8 and not image.mode.startswith(("I", "F"))
 
 
 def _describe(content: bytes) -> str:
@@ -193,14 +218,15 @@ def _describe(content: bytes) -> str:
 
 
 def _decode(content: bytes) -> Pixels:
-    with _opened(content) as opened, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with _opened(content) as opened:
         try:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):
                 pixels = np.asarray(image).astype(np.uint16)[:, :, None]
                 return pixels
-            pixels = np.asarray(_TO_ARRAY[image.mode](image))
+            # A PNG may name one grey value or colour as transparent, without an alpha channel.
+            has_alpha = "transparency" in image.info and image.mode in ("L", "RGB")
+            pixels = np.asarray(_TO_ARRAY[image.mode + "A" * has_alpha](image))
         # Pillow's plugins raise these, and SyntaxError, on damaged files.
         except (OSError, ValueError, SyntaxError, IndexError, TypeError) as error:
             raise UnreadableImage("truncated", str(error)[:120]) from error

@@ -19,6 +19,7 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # macOS archives, Synology thumbnails
 AMBIGUOUS_WORDS = frozenset({"eval", "evaluation"})  # test to some tools, validation to others
 LAYOUT = "one folder for each class, with or without train/val/test folders above them"
 
@@ -55,9 +56,10 @@ def list_folder(root: Path) -> Listing:
             f"`{root}` is a file; expected a folder",
             hint=f"give {LAYOUT}, or the folder of the images and `--csv FILE`",
         )
-    if idx_files := sorted(root.glob("*-images-idx3-ubyte*")):
+    if idx_files := _idx_files(root):
         return _list_idx(root, idx_files)
-    folders = sorted(path for path in _visible(root) if path.is_dir())
+    listing = Listing()
+    folders = _visible_folders(root, root, listing)
     words = {folder.name: folder.name.lower() for folder in folders}
     if ambiguous := [name for name, word in words.items() if word in AMBIGUOUS_WORDS]:
         raise DataError(
@@ -67,9 +69,9 @@ def list_folder(root: Path) -> Listing:
     split_names = [name for name, word in words.items() if word in SPLIT_WORDS]
     if not folders:
         _refuse_flat(root)
-    listing = Listing()
     if not split_names:
-        _list_classes(root, root, None, listing)
+        _exclude_files(root, root, listing)
+        _list_classes(root, folders, None, listing)
         return listing
     if others := sorted(set(words) - set(split_names)):
         listing.problems.append(
@@ -79,7 +81,9 @@ def list_folder(root: Path) -> Listing:
         listing.problems.append(f"{shorten(split_names)}: {count(doubled, 'split')} named twice")
     _exclude_files(root, root, listing)
     for name in split_names:
-        _list_classes(root, root / name, SPLIT_WORDS[words[name]], listing)
+        _exclude_files(root, root / name, listing)
+        inner = _visible_folders(root, root / name, listing)
+        _list_classes(root, inner, SPLIT_WORDS[words[name]], listing)
     if "train" not in {SPLIT_WORDS[words[name]] for name in split_names}:
         listing.problems.append(f"there is no `train` folder beside {shorten(split_names)}")
     return listing
@@ -123,11 +127,11 @@ def list_csv(
             listing.excluded.append((f"{file.name} row {number}", "no image or no label"))
         elif Path(name).is_absolute() or ".." in Path(name).parts:
             listing.problems.append(f"row {number}: `{name}` leads out of `{root}`")
-        elif name in seen:
+        elif (place := Path(name).as_posix()) in seen:
             listing.problems.append(f"row {number}: `{name}` is named twice")
         else:
-            seen.add(name)
-            group_value = row[group] if group else None
+            seen.add(place)
+            group_value = (row[group] or "").strip() or None if group else None
             listing.images.append(Listed(name, label_value, split_value, group_value))
     return listing
 
@@ -143,10 +147,9 @@ def list_images(paths: list[Path]) -> Iterator[tuple[Path, str]]:
             yield path.parent, path.name
 
 
-def _list_classes(root: Path, folder: Path, split: str | None, listing: Listing) -> None:
-    _exclude_files(root, folder, listing)
+def _list_classes(root: Path, folders: list[Path], split: str | None, listing: Listing) -> None:
     empty = []
-    for class_folder in sorted(path for path in _visible(folder) if path.is_dir()):
+    for class_folder in folders:
         before = len(listing.images)
         for path in _walk(root, class_folder, listing):
             listing.images.append(Listed(path, class_folder.name, split))
@@ -168,8 +171,7 @@ def _walk(root: Path, folder: Path, listing: Listing) -> Iterator[str]:
     for here, folders, files in os.walk(folder, followlinks=False):
         for name in sorted(folders):
             inner = Path(here, name)
-            if name.startswith(".") or name == "__MACOSX" or inner.is_symlink():
-                reason = "linked folder" if inner.is_symlink() else "hidden or system folder"
+            if reason := _left_out(inner):
                 listing.excluded.append((inner.relative_to(root).as_posix(), reason))
                 folders.remove(name)
         folders.sort()
@@ -183,12 +185,26 @@ def _walk(root: Path, folder: Path, listing: Listing) -> Iterator[str]:
                 yield path
 
 
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name[0] != "." and path.name != "__MACOSX"]
+def _visible_folders(root: Path, folder: Path, listing: Listing) -> list[Path]:
+    found = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if reason := _left_out(path):
+            listing.excluded.append((path.relative_to(root).as_posix(), reason))
+        else:
+            found.append(path)
+    return found
+
+
+def _left_out(folder: Path) -> str | None:
+    if folder.is_symlink():
+        return "linked folder"
+    is_system = folder.name.startswith(".") or folder.name in SYSTEM_FOLDERS
+    return "hidden or system folder" if is_system else None
 
 
 def _refuse_flat(root: Path) -> None:
-    flat = [path for path in _visible(root) if path.suffix.lower() in SUFFIXES]
+    visible = [path for path in root.iterdir() if path.name[0] != "."]
+    flat = [path for path in visible if path.suffix.lower() in SUFFIXES]
     found = f"{count(len(flat), 'image')} directly inside, and " if flat else ""
     raise DataError(
         f"`{root}` has {found}no class folders",
@@ -201,6 +217,12 @@ def _csv_split(value: str | None, number: int, listing: Listing) -> str | None:
     if word not in SPLIT_WORDS:
         listing.problems.append(f"row {number}: split `{word}` is none of {sorted(SPLIT_WORDS)}")
     return SPLIT_WORDS.get(word)
+
+
+def _idx_files(root: Path) -> list[Path]:
+    """Returns the image files; a zipped one only where it is not unpacked beside it."""
+    found = sorted(root.glob("*-images-idx3-ubyte*"))
+    return [file for file in found if file.suffix != ".gz" or file.with_suffix("") not in found]
 
 
 def _list_idx(root: Path, image_files: list[Path]) -> Listing:

@@ -9,7 +9,7 @@ B batch, C channels, H height, W width, D features, K classes.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -150,7 +150,7 @@ class _Fit:
 
 def fit(
     classifier: Classifier, material: Material, recipe: Recipe, engine: Engine
-) -> Iterator[Step | Epoch]:
+) -> Generator[Step | Epoch, None, None]:
     """Trains the classifier in place, phase by phase.
 
     The best epoch is the one with the lowest validation loss; test images are not at hand here.
