@@ -230,3 +230,25 @@ def test_predict_names_what_is_missing(
     assert "image or folder not found" in capsys.readouterr().err
     assert regraft("predict", start, tmp_path) == 3
     assert "holds no images" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_is_exit_70_with_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistake(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(api, "report", mistake)
+    assert regraft("report", tmp_path, "--out", tmp_path / "page.html") == 70
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError: planted" in said
+    assert "a mistake in regraft itself" in said
+
+
+def test_a_place_that_cannot_be_written_is_exit_5(
+    start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert regraft("report", start, "--out", "/proc/nowhere/page.html") == 5
+    said = capsys.readouterr().err
+    assert "hint: check the place" in said
+    assert "Traceback" not in said

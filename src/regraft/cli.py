@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from regraft.errors import RegraftError, UsageError, count
+from regraft.errors import EnvironmentFault, RegraftError, UsageError, count
 
 if TYPE_CHECKING:
     from regraft.data.dataset import DataOptions, Dataset
@@ -49,12 +49,12 @@ class DataArguments:
     split_column: Annotated[str | None, Parameter(group=DATA)] = None
     """Column of splits: train, val, test."""
     group_regex: Annotated[str | None, Parameter(group=DATA)] = None
-    """Groups from file names: the first parenthesis, e.g. '^([^_]+)_'."""
-    relabel: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    """Groups from file names: the first parenthesis, as in `^([^_]+)_`."""
+    relabel: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
     """New classes from old ones: even=0,2,4,6,8 (once for each class)."""
     per_class: Annotated[int | None, Parameter(group=DATA)] = None
     """At most this many training and this many validation images of a class."""
-    allow: Annotated[tuple[str, ...], Parameter(group=DATA, negative="")] = ()
+    allow: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
     """Findings to accept: `unreadable` leaves broken files out, `leak` copies across splits."""
 
     def options(self) -> "DataOptions":
@@ -75,7 +75,7 @@ class TrainingArguments:
 
     recipe: Annotated[Path | None, Parameter(group=TRAINING)] = None
     """A recipe file (see `regraft recipe`)."""
-    set: Annotated[tuple[str, ...], Parameter(group=TRAINING, negative="")] = ()
+    set: Annotated[tuple[str, ...], Parameter(group=TRAINING, negative="", show_default=False)] = ()
     """A recipe key, as key=value; may be repeated."""
     epochs: Annotated[int | None, Parameter(group=TRAINING)] = None
     """Passes over the training images."""
@@ -152,7 +152,7 @@ def finetune(
     start: Path | None = None,
     strategy: str | None = None,
     arch: str | None = None,
-    adapt: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    adapt: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
 ) -> None:
@@ -202,7 +202,7 @@ def compare(
     metric: str = "balanced_accuracy",
     strategy: str | None = None,
     arch: str | None = None,
-    adapt: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    adapt: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
@@ -420,12 +420,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except CycloptsError as error:
         _print_error(_as_usage_error(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        _tell("stopped")
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
         sys.exit(0)
+    except OSError as error:
+        place = f"`{error.filename}`: " if error.filename else ""
+        hint = "check the place, its permissions and the free space"
+        _print_error(EnvironmentFault(f"{place}{error.strerror or error}", hint=hint))
+        if debug:
+            traceback.print_exc()
+        sys.exit(5)
+    except KeyboardInterrupt:
+        _tell("stopped")
+        sys.exit(130)
+    except Exception:  # noqa: BLE001  the last resort: a mistake of ours is shown whole
+        traceback.print_exc()
+        _tell("error: a mistake in regraft itself; please report the lines above")
+        sys.exit(70)
     sys.exit(0)
 
 
