@@ -1,14 +1,12 @@
-"""Arguments to verbs, results to stdout, errors to stderr: the only file that prints or exits.
+"""Arguments to verbs, and errors to exit codes: the only file that exits.
 
 torch is imported by the verbs, inside the commands: `regraft --help` answers at once.
 """
 
 import io
-import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from regraft.errors import EnvironmentFault, RegraftError, UsageError, count
+from regraft.terminal import (
+    print_comparison,
+    print_error,
+    print_evaluation,
+    print_json,
+    progress,
+    tell,
+)
 
 if TYPE_CHECKING:
     from regraft.data.dataset import DataOptions, Dataset
@@ -131,7 +137,7 @@ def pretrain(
     from regraft import api
     from regraft.training.recipe import Recipe
 
-    with _progress() as told:
+    with progress() as told:
         run = api.pretrain(
             reading.open(data),
             out=out,
@@ -177,7 +183,7 @@ def finetune(
 
     _refuse_no_start(start, strategy or "lp-ft")
     assert start is not None
-    with _progress() as told:
+    with progress() as told:
         run = api.finetune(
             reading.open(data),
             out=out,
@@ -232,7 +238,7 @@ def compare(
     """
     from regraft import api
 
-    with _progress() as told:
+    with progress() as told:
         comparison = api.compare(
             reading.open(data),
             out=out,
@@ -246,7 +252,7 @@ def compare(
             on_progress=told,
         )
     if json_:
-        _print_json(comparison)
+        print_json(comparison)
         return
     print_comparison(comparison)
     print(f"\nreport: {out / 'report.html'}")
@@ -290,15 +296,15 @@ def evaluate(
     kept = Run.open(run).record["data"]["options"]
     if not options.relabel:
         options = DataArguments(**(vars(reading) | {"relabel": tuple(kept["relabel"])})).options()
-    with _progress() as told:
+    with progress() as told:
         dataset = Dataset.open(data, options, whole=True)
         document = api.evaluate(
             run, dataset, split=split, arch=arch, engine=Engine(device), on_progress=told
         )
     if json_:
-        _print_json(document)
+        print_json(document)
         return
-    _print_evaluation(document)
+    print_evaluation(document)
     print(f"\nnext: regraft report {run} --out {run / 'report.html'}")
 
 
@@ -335,17 +341,17 @@ def predict(
     from regraft.evaluation.predictions import to_csv, to_records
     from regraft.storage import write_text
 
-    with _progress() as told:
+    with progress() as told:
         table, broken = api.predict(run, images, arch=arch, engine=Engine(device), on_progress=told)
     if json_:
-        _print_json({"predictions": to_records(table, broken)})
+        print_json({"predictions": to_records(table, broken)})
     elif out is None:
         sys.stdout.write(to_csv(table, broken).replace("\r\n", "\n"))
     if out is not None:
         write_text(out, to_csv(table, broken))
-        _tell(f"{count(len(table.paths) if table else 0, 'prediction')} in {out}")
+        tell(f"{count(len(table.paths) if table else 0, 'prediction')} in {out}")
     if broken:
-        _tell(f"{count(len(broken), 'file')} could not be read; see the column `error`")
+        tell(f"{count(len(broken), 'file')} could not be read; see the column `error`")
         sys.exit(3)
 
 
@@ -395,7 +401,7 @@ def demo(*, out: Path = Path("regraft-demo"), seeds: int = 6) -> None:
     """
     from regraft.demo import tell_story
 
-    with _progress() as told:
+    with progress() as told:
         comparison = tell_story(out, seeds, told)
     print_comparison(comparison)
     print(f"\nreport: {out / 'comparison' / 'report.html'}")
@@ -413,12 +419,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         tokens = [argument for argument in given if argument != "--debug"]
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except RegraftError as error:
-        _print_error(error)
+        print_error(error)
         if debug:
             traceback.print_exc()
         sys.exit(error.exit_code)
     except CycloptsError as error:
-        _print_error(_as_usage_error(error))
+        print_error(_as_usage_error(error))
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
@@ -426,16 +432,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except OSError as error:
         place = f"`{error.filename}`: " if error.filename else ""
         hint = "check the place, its permissions and the free space"
-        _print_error(EnvironmentFault(f"{place}{error.strerror or error}", hint=hint))
+        print_error(EnvironmentFault(f"{place}{error.strerror or error}", hint=hint))
         if debug:
             traceback.print_exc()
         sys.exit(5)
     except KeyboardInterrupt:
-        _tell("stopped")
+        tell("stopped")
         sys.exit(130)
     except Exception:  # noqa: BLE001  the last resort: a mistake of ours is shown whole
         traceback.print_exc()
-        _tell("error: a mistake in regraft itself; please report the lines above")
+        tell("error: a mistake in regraft itself; please report the lines above")
         sys.exit(70)
     sys.exit(0)
 
@@ -473,118 +479,6 @@ def _finished(folder: Path, status: dict[str, Any], data: Path) -> None:
     print(f"next: regraft evaluate {folder} {data}")
 
 
-def print_comparison(comparison: dict[str, Any]) -> None:
-    metric = comparison["metric"].replace("_", " ")
-    print(f"\nDid the transfer help?  {comparison['verdict'].upper()}")
-    print(
-        f"{metric}: {comparison['difference']:+.3f} over training from scratch, 95 % interval "
-        f"{comparison['low']:+.3f} to {comparison['high']:+.3f}"
-    )
-    print(
-        f"{count(comparison['num_seeds'], 'seed')}, "
-        f"{count(comparison['num_images'], 'test image')}; "
-        f"the least difference this test set can show is {comparison['least_detectable']:.3f}\n"
-    )
-    print(f"{'test images':<36}accuracy         balanced accuracy")
-    for arm, label in ARMS.items():
-        values = comparison["arms"][arm]
-        shown = [_mean_and_spread(values[name]) for name in ("accuracy", "balanced_accuracy")]
-        print(f"{label:<36}{shown[0]:<17}{shown[1]}")
-
-
-ARMS = {
-    "transfer": "transferred and fine-tuned",
-    "scratch": "trained from scratch",
-    "probe_transplanted": "linear probe, transferred features",
-    "probe_random": "linear probe, random features",
-}
-
-
-def _mean_and_spread(values: dict[str, Any]) -> str:
-    spread = "" if values["std"] is None else f" +- {values['std']:.3f}"
-    return f"{values['mean']:.3f}{spread}"
-
-
-def _print_evaluation(document: dict[str, Any]) -> None:
-    print(f"{count(document['n'], 'image')}, split {document['split']}; 95 % bootstrap intervals")
-    for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll", "ece"):
-        value = document[name]
-        print(f"{name:<18} {value['value']:.4f}  {value['low']:.4f} to {value['high']:.4f}")
-    print(f"\n{'class':<24} {'n':>6}  precision  recall  f1")
-    for row in document["per_class"]:
-        numbers = [row["precision"], row["recall"], row["f1"]]
-        shown = ["  -  " if number is None else f"{number:.3f}" for number in numbers]
-        print(f"{row['class']:<24} {row['n']:>6}  {shown[0]:<9}  {shown[1]}   {shown[2]}")
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, allow_nan=False, indent=2))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _print_error(error: RegraftError) -> None:
-    _tell(f"error: {error}")
-
-
 def _as_usage_error(error: CycloptsError) -> UsageError:
     text = " ".join(str(error).split())
     return UsageError(text, hint="`regraft COMMAND --help` shows what it takes")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Any], None]]:
-    """Yields what shows progress on stderr: a bar on a terminal, one line an epoch elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
-        yield _Teller(console, bars)
-
-
-class _Teller:
-    """Shows the records of long work."""
-
-    def __init__(self, console: Any, bars: Any) -> None:
-        self.console = console
-        self.bars = bars
-        self.task: Any = None
-        self.what = ""
-
-    def __call__(self, record: Any) -> None:
-        from regraft.progress import Counting, Note, duration
-        from regraft.training.loop import Epoch, Step
-
-        if isinstance(record, Note):
-            self.console.print(record.text, markup=False)
-        elif isinstance(record, Counting):
-            self._advance(record.what, record.done, record.total, f"{record.done}/{record.total}")
-        elif isinstance(record, Step):
-            told = (
-                f"loss {record.loss:.3f}  {record.images_per_s:.0f} images/s  "
-                f"{duration(record.left_s)} left"
-            )
-            what = f"epoch {record.epoch}/{record.num_epochs}"
-            self._advance(what, record.step, record.num_steps, told)
-        elif isinstance(record, Epoch):
-            self.console.print(
-                f"epoch {record.epoch}/{record.num_epochs}  {record.learns:<6} "
-                f"loss {record.train_loss:.4f}  val loss {record.val_loss:.4f}  "
-                f"val balanced accuracy {record.val_balanced_accuracy:.3f}"
-                f"{'  best' if record.is_best else ''}",
-                markup=False,
-            )
-
-    def _advance(self, what: str, done: int, total: int, told: str) -> None:
-        if self.task is None:
-            self.task = self.bars.add_task(what, total=total, told=told)
-        self.bars.update(self.task, description=what, completed=done, total=total, told=told)
-        if done == total:
-            self.bars.remove_task(self.task)
-            self.task = None

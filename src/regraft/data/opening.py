@@ -1,0 +1,300 @@
+"""Opening a dataset: list, hash, check and split, with all problems told at once."""
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from regraft.data.dataset import DataOptions, Dataset, Sample, unreadable_problem, unusable
+from regraft.data.decode import Header, UnreadableImage, quiet_codecs, read_content, read_header
+from regraft.data.listing import Listed, Listing, list_csv, list_folder
+from regraft.data.split import SPLITS, assign_splits
+from regraft.errors import UsageError, count, shorten
+
+MIN_IMAGES = 5  # assumed: fewer cannot stand in train, val and test and still be learned
+ALLOWABLE = ("unreadable", "leak")
+
+
+def open_dataset(root: Path, options: DataOptions, *, whole: bool) -> Dataset:
+    """Returns the dataset; see `Dataset.open`."""
+    if unknown := set(options.allow) - set(ALLOWABLE):
+        raise UsageError(
+            f"`--allow` does not know {shorten(sorted(unknown))}",
+            hint=f"it takes {shorten(ALLOWABLE)}",
+        )
+    return _Reading(root, options, whole).dataset()
+
+
+@dataclass
+class _Reading:
+    """Opening a dataset, step by step; the steps collect problems so that all are told at once."""
+
+    root: Path
+    options: DataOptions
+    whole: bool
+    listing: Listing = field(default_factory=Listing)
+    notes: list[str] = field(default_factory=list)
+
+    def dataset(self) -> Dataset:
+        self.listing = self._list()
+        self._relabel()
+        images, hashes, headers = self._read_headers()
+        channels, bit_depth = self._common_form(images, headers)
+        if not self.whole:
+            self._check_classes(images)
+            self._check_labels(images, hashes)
+        images = self._group(images)
+        if self.whole:
+            samples = [
+                Sample(image.path, image.label, image.split or "test", sha256, image.group)
+                for image, sha256 in zip(images, hashes, strict=True)
+            ]
+        else:
+            samples = self._limit(self._split(images, hashes))
+            self._check_splits(samples)
+        self._refuse_problems()
+        return Dataset(
+            root=self.root,
+            class_names=tuple(sorted({sample.label for sample in samples})),
+            samples=tuple(sorted(samples, key=lambda sample: sample.path)),
+            excluded=tuple(self.listing.excluded),
+            channels=channels,
+            bit_depth=bit_depth,
+            options=self.options,
+            notes=tuple(self.notes),
+        )
+
+    def _list(self) -> Listing:
+        options = self.options
+        if options.csv is None:
+            return list_folder(self.root)
+        return list_csv(
+            self.root,
+            options.csv,
+            options.image_column,
+            options.label_column,
+            options.group_column,
+            options.split_column,
+        )
+
+    def _relabel(self) -> None:
+        if not self.options.relabel:
+            return
+        new_name: dict[str, str] = {}
+        for entry in self.options.relabel:
+            name, separator, old_names = entry.partition("=")
+            if not separator or not name or not old_names:
+                raise UsageError(
+                    f"`--relabel {entry}` is not understood",
+                    hint="write `--relabel even=0,2,4,6,8`",
+                )
+            for old in map(str.strip, old_names.split(",")):
+                if old in new_name:
+                    raise UsageError(
+                        f"`--relabel` gives `{old}` to `{new_name[old]}` and to `{name.strip()}`",
+                        hint="name each class once",
+                    )
+                new_name[old] = name.strip()
+        known = {image.label for image in self.listing.images}
+        if unknown := sorted(set(new_name) - known):
+            self.listing.problems.append(
+                f"`--relabel` names {shorten(unknown)}, which do not exist"
+            )
+        kept = []
+        for image in self.listing.images:
+            if image.label in new_name:
+                kept.append(replace(image, label=new_name[image.label]))
+            else:
+                self.listing.excluded.append((image.path, "class not named by --relabel"))
+        self.listing.images = kept
+
+    def _read_headers(self) -> tuple[list[Listed], list[str], list[Header]]:
+        def read(image: Listed) -> tuple[str, Header] | UnreadableImage:
+            try:
+                content = read_content(self.root, image.path)
+                header = read_header(content, image.path)
+            except UnreadableImage as error:
+                return error
+            raw = content if isinstance(content, bytes) else content.tobytes()
+            return hashlib.sha256(raw).hexdigest(), header
+
+        with quiet_codecs(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(read, self.listing.images))
+        images, hashes, headers, broken = [], [], [], []
+        for image, result in zip(self.listing.images, results, strict=True):
+            if isinstance(result, UnreadableImage):
+                broken.append((image.path, result))
+            else:
+                images.append(image)
+                hashes.append(result[0])
+                headers.append(result[1])
+        if broken and "unreadable" in self.options.allow:
+            self.listing.excluded += [(path, str(error)) for path, error in broken]
+            self.notes.append(f"{count(len(broken), 'unreadable file')} left out (allowed)")
+        elif broken:
+            self.listing.problems.append(unreadable_problem(broken))
+        return images, hashes, headers
+
+    def _common_form(self, images: Sequence[Listed], headers: Sequence[Header]) -> tuple[int, int]:
+        channels = Counter(header.channels for header in headers)
+        depths = Counter(header.bit_depth for header in headers)
+        if set(channels) == {1, 3}:
+            self.notes.append(f"{count(channels[1], 'grey image')} replicated to RGB")
+        elif len(channels) > 1:
+            self.listing.problems.append(f"images differ in channels: {_tally(channels)}")
+        if len(depths) > 1:
+            self.listing.problems.append(f"images differ in bits per channel: {_tally(depths)}")
+        assert len(images) == len(headers)
+        return max(channels, default=3), max(depths, default=8)
+
+    def _check_classes(self, images: Sequence[Listed]) -> None:
+        names = sorted({image.label for image in images})
+        if len(names) < 2 and not self.listing.problems:
+            found = f"only the class {shorten(names)}" if names else "no images at all"
+            self.listing.problems.append(f"there is {found}; a classifier needs at least 2 classes")
+        spelling = defaultdict(list)
+        for name in names:
+            spelling[unicodedata.normalize("NFC", name).casefold()].append(name)
+        for same in spelling.values():
+            if len(same) > 1:
+                shown = ", ".join(f"{name!a}" for name in same)
+                self.listing.problems.append(f"classes that differ by spelling only: {shown}")
+
+    def _check_labels(self, images: Sequence[Listed], hashes: Sequence[str]) -> None:
+        first: dict[str, Listed] = {}
+        for image, sha256 in zip(images, hashes, strict=True):
+            first.setdefault(sha256, image)
+        pairs = [
+            f"{first[sha256].path}` = `{image.path}"
+            for image, sha256 in zip(images, hashes, strict=True)
+            if first[sha256].label != image.label
+        ]
+        if pairs:
+            noun = count(len(pairs), "image has", "images have")
+            self.listing.problems.append(f"{noun} two labels with equal bytes: {shorten(pairs)}")
+
+    def _group(self, images: Sequence[Listed]) -> list[Listed]:
+        if self.options.group_regex is None:
+            return list(images)
+        try:
+            pattern = re.compile(self.options.group_regex)
+        except re.error as error:
+            raise UsageError(
+                f"`--group-regex {self.options.group_regex}` is no regular expression: {error}",
+                hint="for `patient7_img3.png` write `^([^_]+)_`",
+            ) from error
+        grouped, unmatched = [], []
+        for image in images:
+            match = pattern.search(Path(image.path).name)
+            if match is None or (pattern.groups and match[1] is None):
+                unmatched.append(image.path)
+            else:
+                grouped.append(replace(image, group=match[1] if pattern.groups else match[0]))
+        if unmatched:
+            self.listing.problems.append(
+                f"`--group-regex` does not match {count(len(unmatched), 'file')}, "
+                f"e.g. {shorten(unmatched)}"
+            )
+        self._refuse_problems()
+        return grouped
+
+    def _split(self, images: Sequence[Listed], hashes: Sequence[str]) -> list[Sample]:
+        # A single image is its own group by content, so a copy of it can never be divided.
+        groups = [
+            image.group if image.group is not None else sha256
+            for image, sha256 in zip(images, hashes, strict=True)
+        ]
+        given = {image.split for image in images if image.split}
+        missing = [split for split in SPLITS if split not in given]
+        free = [row for row, image in enumerate(images) if image.split in (None, "train")]
+        labels = [images[row].label for row in free]
+        if missing:
+            small = {name: n for name, n in Counter(labels).items() if n < MIN_IMAGES}
+            if small:
+                shown = ", ".join(f"`{name}` ({n})" for name, n in sorted(small.items())[:3])
+                noun = count(len(small), "class has", "classes have")
+                self.listing.problems.append(f"{noun} fewer than {MIN_IMAGES} images: {shown}")
+            made = assign_splits(labels, [groups[row] for row in free], wanted=missing)
+            split_of = dict(zip(free, made, strict=True))
+            if given:
+                self.notes.append(f"{' and '.join(missing[-2:])} taken from train, by stable hash")
+        else:
+            split_of = {}
+        return [
+            Sample(
+                image.path,
+                image.label,
+                split_of.get(row) or image.split or "train",
+                sha,
+                image.group,
+            )
+            for row, (image, sha) in enumerate(zip(images, hashes, strict=True))
+        ]
+
+    def _limit(self, samples: list[Sample]) -> list[Sample]:
+        if self.options.per_class is None:
+            return samples
+        kept, seen = [], Counter[tuple[str, str]]()
+        for sample in sorted(samples, key=lambda sample: (sample.sha256, sample.path)):
+            seen[sample.split, sample.label] += 1
+            if sample.split == "test" or seen[sample.split, sample.label] <= self.options.per_class:
+                kept.append(sample)
+            else:
+                self.listing.excluded.append((sample.path, "beyond --per-class"))
+        return kept
+
+    def _check_splits(self, samples: list[Sample]) -> None:
+        names = {split: {s.label for s in samples if s.split == split} for split in SPLITS}
+        for split in ("val", "test"):
+            if extra := sorted(names[split] - names["train"]):
+                self.listing.problems.append(
+                    f"{split} has classes that train lacks: {shorten(extra)}"
+                )
+            if lacking := sorted(names["train"] - names[split]):
+                note = f"{split} has no images of {shorten(lacking)}"
+                (self.notes if names[split] else self.listing.problems).append(note)
+        divided = defaultdict(set)
+        for sample in samples:
+            if sample.group is not None:
+                divided[sample.group].add(sample.split)
+        if crossing := sorted(group for group, splits in divided.items() if len(splits) > 1):
+            self.listing.problems.append(
+                f"{count(len(crossing), 'group')} in more than one split: {shorten(crossing)}"
+            )
+        self._check_copies(samples)
+
+    def _check_copies(self, samples: list[Sample]) -> None:
+        first: dict[str, Sample] = {}
+        copies = []
+        for sample in sorted(samples, key=lambda sample: SPLITS.index(sample.split)):
+            original = first.setdefault(sample.sha256, sample)
+            if original.split != sample.split:
+                copies.append((sample, original))
+        if not copies:
+            return
+        if "leak" in self.options.allow:
+            for sample, original in copies:
+                samples.remove(sample)
+                self.listing.excluded.append((sample.path, f"same bytes as `{original.path}`"))
+            self.notes.append(
+                f"{count(len(copies), 'copy', 'copies')} across splits left out (allowed)"
+            )
+            return
+        sample, original = copies[0]
+        self.listing.problems.append(
+            f"{count(len(copies), 'image is', 'images are')} in {original.split} and "
+            f"{sample.split} with equal bytes, e.g. `{original.path}` = `{sample.path}`"
+        )
+
+    def _refuse_problems(self) -> None:
+        if self.listing.problems:
+            raise unusable(self.root, self.listing.problems)
+
+
+def _tally(counts: Counter[int]) -> str:
+    return ", ".join(f"{value} ({count(number, 'image')})" for value, number in counts.items())
