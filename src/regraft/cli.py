@@ -7,7 +7,7 @@ import io
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -292,10 +292,12 @@ def evaluate(
     from regraft.engine import Engine
     from regraft.run import Run
 
-    options = reading.options()
-    kept = Run.open(run).record["data"]["options"]
-    if not options.relabel:
-        options = DataArguments(**(vars(reading) | {"relabel": tuple(kept["relabel"])})).options()
+    options, kept = reading.options(), Run.open(run).record["data"]["options"]
+    options = replace(
+        options,
+        relabel=options.relabel or tuple(kept["relabel"]),
+        allow=options.allow or tuple(kept["allow"]),
+    )
     with progress() as told:
         dataset = Dataset.open(data, options, whole=True)
         document = api.evaluate(
@@ -339,8 +341,13 @@ def predict(
     from regraft import api
     from regraft.engine import Engine
     from regraft.evaluation.predictions import to_csv, to_records
+    from regraft.run import refuse_existing, refuse_inside
     from regraft.storage import write_text
 
+    if out is not None:
+        refuse_existing(out)
+        for image in images:
+            refuse_inside(out, image)
     with progress() as told:
         table, broken = api.predict(run, images, arch=arch, engine=Engine(device), on_progress=told)
     if json_:

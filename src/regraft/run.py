@@ -101,7 +101,7 @@ class Run:
 
     def samples(self) -> list[dict[str, Any]]:
         """Every image of the dataset: path, sha256, class, split, group; or path and `excluded`."""
-        return read_json_lines(self.folder / "samples.jsonl")
+        return self._lines("samples.jsonl")
 
     def seen(self) -> dict[str, str]:
         """Content hash to split, of the images of this Run's dataset and of all it started from.
@@ -109,9 +109,21 @@ class Run:
         An image that any training or validation of the lineage has seen is `train` or `val`, even
         if it is a test image here.
         """
-        own = {s["sha256"]: s["split"] for s in self.samples() if "sha256" in s}
-        inherited = read_json_lines(self.folder / "lineage.jsonl")
-        return own | {s["sha256"]: s["split"] for s in inherited if s["split"] != "test"}
+        own = [sample for sample in self.samples() if "sha256" in sample]
+        rank = {"test": 0, "val": 1, "train": 2}
+        seen: dict[str, str] = {}
+        for sample in (*own, *self._lines("lineage.jsonl")):
+            before = seen.get(sample["sha256"], "test")
+            seen[sample["sha256"]] = max(before, sample["split"], key=rank.__getitem__)
+        return seen
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        # Without its record of images a Run would take any image for an unseen one.
+        if not (self.folder / name).is_file():
+            raise ArtefactError(
+                f"`{self.folder / name}` is missing", hint="restore the folder from a copy"
+            )
+        return read_json_lines(self.folder / name)
 
     def append_epoch(self, epoch: Mapping[str, Any], times: Mapping[str, Any]) -> None:
         append_json_line(self.folder / "metrics.jsonl", epoch)

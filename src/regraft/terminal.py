@@ -47,8 +47,9 @@ def _mean_and_spread(values: dict[str, Any]) -> str:
 def print_evaluation(document: dict[str, Any]) -> None:
     print(f"{count(document['n'], 'image')}, split {document['split']}; 95 % bootstrap intervals")
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll", "ece"):
-        value = document[name]
-        print(f"{name:<18} {value['value']:.4f}  {value['low']:.4f} to {value['high']:.4f}")
+        numbers = [document[name][key] for key in ("value", "low", "high")]
+        shown = ["-" if number is None else f"{number:.4f}" for number in numbers]
+        print(f"{name:<18} {shown[0]}  {shown[1]} to {shown[2]}")
     print(f"\n{'class':<24} {'n':>6}  precision  recall  f1")
     for row in document["per_class"]:
         numbers = [row["precision"], row["recall"], row["f1"]]

@@ -255,9 +255,11 @@ class _Reading:
                 self.listing.problems.append(
                     f"{split} has classes that train lacks: {shorten(extra)}"
                 )
-            if lacking := sorted(names["train"] - names[split]):
-                note = f"{split} has no images of {shorten(lacking)}"
-                (self.notes if names[split] else self.listing.problems).append(note)
+            if len(names[split]) < 2:
+                shown = f"only `{min(names[split])}`" if names[split] else "no images"
+                self.listing.problems.append(f"{split} shows {shown}: nothing can be told apart")
+            elif lacking := sorted(names["train"] - names[split]):
+                self.notes.append(f"{split} has no images of {shorten(lacking)}")
         divided = defaultdict(set)
         for sample in samples:
             if sample.group is not None:

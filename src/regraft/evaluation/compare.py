@@ -43,7 +43,7 @@ def judge(
         for ours, theirs in zip(transfer, scratch, strict=True)
     ]
     per_seed = [float((ours(ones) - theirs(ones))[0]) for ours, theirs in pairs]
-    chunks = bootstrap_weights(known_truth(first), first.groups, RESAMPLES)
+    chunks = list(bootstrap_weights(known_truth(first), first.groups, RESAMPLES))
     differences_SR = np.stack(
         [np.concatenate([ours(w) - theirs(w) for w in chunks]) for ours, theirs in pairs]
     )

@@ -4,7 +4,7 @@ Every metric is a function of weights_RN (R resamples of N images): the value it
 ones, the interval has a row of counts for each bootstrap resample. N images, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,10 @@ SEED = 20261123  # of the bootstrap: the same predictions always give the same i
 
 
 def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
-    """Returns every metric as {value, low, high}, the confusion matrix and a table per class."""
+    """Returns every metric as {value, low, high}, the confusion matrix and a table per class.
+
+    What is not defined is None: the AUROC where only one class is shown.
+    """
     truth = known_truth(predictions)
     document: dict[str, Any] = {"n": len(predictions.paths)}
     metrics = {name: metric(predictions) for name, metric in METRICS.items()}
@@ -30,8 +33,9 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
             draws[name].append(metric(weights_RN))
     ones = np.ones((1, len(predictions.paths)))
     for name, metric in metrics.items():
-        low, high = np.nanpercentile(np.concatenate(draws[name]), [2.5, 97.5])
-        document[name] = {"value": float(metric(ones)[0]), "low": float(low), "high": float(high)}
+        numbers = (metric(ones)[0], *_percentiles(np.concatenate(draws[name])))
+        told = [float(number) if np.isfinite(number) else None for number in numbers]
+        document[name] = dict(zip(("value", "low", "high"), told, strict=True))
     confusion = _confusion(predictions)
     document["class_names"] = list(predictions.class_names)
     document["confusion"] = confusion.tolist()
@@ -49,6 +53,11 @@ def point(predictions: Predictions, name: str) -> float:
     return float(METRICS[name](predictions)(np.ones((1, len(predictions.paths))))[0])
 
 
+def _percentiles(draws: Array) -> Array:
+    known = draws[~np.isnan(draws)]
+    return np.percentile(known, [2.5, 97.5]) if len(known) else np.array([np.nan, np.nan])
+
+
 def log_losses(probabilities_NK: Array, truth: NDArray[np.int64]) -> Array:
     """Returns the negative log-likelihood of each image."""
     chosen = probabilities_NK[np.arange(len(truth)), truth]
@@ -58,14 +67,13 @@ def log_losses(probabilities_NK: Array, truth: NDArray[np.int64]) -> Array:
 
 def bootstrap_weights(
     truth: NDArray[np.int64], groups: tuple[str, ...] | None, resamples: int
-) -> "list[Array]":
-    """Returns chunks of weights_RN: how often each image is drawn in each resample.
+) -> Iterator[Array]:
+    """Yields chunks of weights_RN: how often each image is drawn in each resample.
 
     Without groups the draw is stratified by class; with groups whole groups are drawn, since the
     images of one patient are not independent.
     """
     generator = np.random.default_rng(SEED)
-    chunks = []
     for start in range(0, resamples, CHUNK):
         rows = min(CHUNK, resamples - start)
         weights_RN = np.zeros((rows, len(truth)))
@@ -78,8 +86,7 @@ def bootstrap_weights(
                 own = np.flatnonzero(truth == label)
                 share = np.full(len(own), 1 / len(own))
                 weights_RN[:, own] = generator.multinomial(len(own), share, rows)
-        chunks.append(weights_RN)
-    return chunks
+        yield weights_RN
 
 
 def _accuracy(predictions: Predictions) -> Callable[[Array], Array]:

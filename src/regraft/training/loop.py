@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,8 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
     steps_an_epoch = num_batches(len(material.train_rows), int(recipe.batch_size))
     num_steps = steps_an_epoch * int(phase.epochs)
     averaged = AveragedModel(classifier, multi_avg_fn=Average(recipe.ema_decay), use_buffers=True)
-    stall = _StallDetector(label_entropy(state), recipe.stall_share * num_steps)
+    patience = recipe.stall_share * num_steps if recipe.stall_share < 1 else inf
+    stall = _StallDetector(label_entropy(state), patience)
     step = images_done = 0
     began = time.monotonic()
     for _ in range(int(phase.epochs)):

@@ -25,7 +25,7 @@ LEAST_EPOCHS, MOST_EPOCHS = 10, 60  # of a fine-tuning; assumed bounds around ST
 class Phase(BaseModel):
     """A stretch of epochs with one set of learning parameters; everything else is frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     learns: str = Field(
         "all",
@@ -78,12 +78,14 @@ class Phase(BaseModel):
 class Recipe(BaseModel):
     """Every choice of a training."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     goal: Literal["scratch", "transfer"] = Field(
         "scratch", description="whether the backbone starts at random or from another run"
     )
-    seed: int = Field(0, ge=0, description="of weights, order and augmentation")
+    seed: int = Field(
+        0, ge=0, lt=2**63, strict=True, description="of weights, order and augmentation"
+    )
     image_size: tuple[int, int] | Auto = Field(
         "auto", description="height and width in pixels; auto: 224, or the start's when fine-tuning"
     )
@@ -134,6 +136,13 @@ class Recipe(BaseModel):
     def _square(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("image_size"), int):
             return value | {"image_size": (value["image_size"], value["image_size"])}
+        return value
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _not_negative(cls, value: Any) -> Any:
+        if value != "auto" and value < 0:
+            raise ValueError("expected a number that is not negative, or `auto`")
         return value
 
     @field_validator("image_size", "batch_size", "channels")

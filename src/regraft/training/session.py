@@ -212,6 +212,8 @@ class Start:
         Raises:
             ArtefactError: It is none, or damaged.
         """
+        if folder.name == "final" and (folder.parent / "run.json").is_file():
+            folder = folder.parent  # the Run knows which images its weights have seen
         run = Run.open(folder) if (folder / "run.json").is_file() else None
         classifier = Classifier.load(folder, arch=arch)
         return cls(classifier, run, arch or classifier.backbone.arch, tuple(adapt))
@@ -261,7 +263,8 @@ class Start:
             DataError: There are some.
         """
         seen = {} if self.run is None else self.run.seen()
-        known = [s for s in dataset.samples if s.split == "test" and seen.get(s.sha256) == "train"]
+        used = {sha256 for sha256, split in seen.items() if split != "test"}
+        known = [s for s in dataset.samples if s.split == "test" and s.sha256 in used]
         if known:
             raise unusable(
                 dataset.root,
