@@ -17,7 +17,7 @@ from PIL import Image
 import regraft
 from regraft import api
 from regraft.data.dataset import DataOptions, Dataset
-from regraft.errors import DataError, RegraftError
+from regraft.errors import ArtefactError, DataError, RegraftError, UsageError
 from regraft.models.classifier import Classifier
 from regraft.run import Run
 from regraft.training.loop import Epoch, Step
@@ -205,7 +205,7 @@ def test_an_interrupt_leaves_a_loadable_run(make_shapes: MakeShapes, tmp_path: P
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(
-        Stopped, match="stopped by SIGINT; the best epoch so far is saved"
+        Stopped, match="stopped by SIGINT; epoch 1, the best so far, is saved"
     ) as stopped:
         api.pretrain(
             make_shapes(("a", "b"), 12),
@@ -233,6 +233,87 @@ def test_a_failed_training_says_why_in_its_run(make_shapes: MakeShapes, tmp_path
     status = Run.open(tmp_path / "run").status
     assert status["state"] == "failed"
     assert "loss is" in status["reason"]
+
+
+def test_a_mistake_on_the_way_leaves_no_run_that_seems_to_run(
+    make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    def fail(record: Any) -> None:
+        if isinstance(record, Step):
+            raise ZeroDivisionError("planted")
+
+    with pytest.raises(ZeroDivisionError):
+        api.pretrain(
+            make_shapes(("a", "b"), 12),
+            out=tmp_path / "run",
+            arch=ARCH,
+            recipe=scratch(),
+            on_progress=fail,
+        )
+    assert Run.open(tmp_path / "run").status["state"] == "failed"
+
+
+def test_batches_of_one_image_are_refused_before_anything_is_created(
+    make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="`--batch-size 1` gives batches of one of"):
+        api.pretrain(
+            make_shapes(("a", "b"), 12),
+            out=tmp_path / "run",
+            arch=ARCH,
+            recipe=scratch(batch_size=1),
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_for_the_other_goal_is_refused(
+    start: Path, make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    data = make_shapes(("x", "y"), 12)
+    with pytest.raises(UsageError, match='goal = "scratch"; this command needs "transfer"'):
+        api.finetune(data, out=tmp_path / "run", start=start, recipe=Recipe.scratch())
+    with pytest.raises(UsageError, match='goal = "transfer"; this command needs "scratch"'):
+        api.pretrain(data, out=tmp_path / "run", arch=ARCH, recipe=Recipe.transfer())
+
+
+def test_the_control_does_not_know_the_mean_of_dataset1(
+    start: Path, make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    recipe = Recipe.transfer().changed({"epochs": 1})
+    data = make_shapes(("x", "y"), 12, seed=4)
+    api.compare(data, out=tmp_path / "c", start=start, seeds=1, recipe=recipe)
+    inherited = Classifier.load(start).inputs.mean
+    transfer, scratch = (
+        Classifier.load(tmp_path / "c" / f"{a}-0") for a in ("transfer", "scratch")
+    )
+    assert transfer.inputs.mean == inherited
+    assert scratch.inputs.mean != inherited
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wording"),
+    [
+        ("run.json", "[]", "has schema None"),
+        ("run.json", '{"schema": 1}', "does not fit"),
+        ("samples.jsonl", "{\n", "samples.jsonl` line 1 is not valid JSON"),
+        ("samples.jsonl", "[1]\n", "samples.jsonl` line 1 is no record of an image"),
+        ("samples.jsonl", '{"sha256": "ab"}\n', "samples.jsonl` line 1 is no record of an image"),
+    ],
+)
+def test_a_run_that_was_edited_is_refused(
+    start: Path, source: Path, tmp_path: Path, name: str, content: str, wording: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(start, run)
+    (run / name).write_text(content)
+    with pytest.raises(ArtefactError, match=r"hint: (restore|use)") as refused:
+        api.evaluate(run, source / "data")
+    assert wording in str(refused.value)
+
+
+def test_training_images_are_not_for_judging(start: Path, source: Path) -> None:
+    with pytest.raises(UsageError, match="`--split train` cannot be judged"):
+        api.evaluate(start, source / "data", split="train")
 
 
 def test_the_run_folder_holds_what_the_design_says(start: Path) -> None:

@@ -418,6 +418,25 @@ def test_idx_files_beside_their_zipped_originals_count_once(tmp_path: Path) -> N
     assert len(Dataset.open(tmp_path, whole=True).samples) == 40
 
 
+def test_a_linked_class_folder_is_told_and_never_dropped_silently(make_folder: MakeFolder) -> None:
+    root = make_folder({"a": 8, "b": 8})
+    elsewhere = make_folder({"c": 8}, name="elsewhere")
+    (root / "c").symlink_to(elsewhere / "c")
+    assert problems(root) == ("`c` is a link to a folder: links are not followed",)
+
+
+def test_broken_images_may_not_empty_a_class_or_a_split(make_folder: MakeFolder) -> None:
+    root = make_folder(
+        {"train/a": 6, "train/b": 6, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2}
+    )
+    for file in (root / "val" / "b").iterdir():
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) - 40])  # a whole header, and too few pixels
+    dataset = Dataset.open(root, DataOptions(allow=("unreadable",)))
+    with pytest.raises(DataError, match="val shows only `a`: nothing can be told apart"):
+        Cache.build(dataset, (8, 8), 1)
+
+
 def test_an_idx_file_without_its_labels_is_named(tmp_path: Path) -> None:
     write_idx(tmp_path, "train", 6)
     (tmp_path / "train-labels-idx1-ubyte").unlink()

@@ -3,7 +3,7 @@ import pytest
 from sklearn import metrics as sk
 
 from regraft.evaluation.compare import judge, summarise
-from regraft.evaluation.metrics import METRICS, evaluate_predictions, point
+from regraft.evaluation.metrics import METRICS, _score_intervals, evaluate_predictions, point
 from regraft.evaluation.predictions import Predictions, softmax, to_csv, to_records
 
 
@@ -75,6 +75,33 @@ def test_intervals_hold_the_value_and_shrink_with_more_images() -> None:
         assert few[name]["low"] <= few[name]["value"] <= few[name]["high"], name
     width = [d["accuracy"]["high"] - d["accuracy"]["low"] for d in (few, many)]
     assert width[1] < 0.4 * width[0]
+
+
+def test_a_perfect_score_is_not_certain() -> None:
+    truth = np.array([0, 1] * 10)
+    perfect = Predictions(
+        tuple(str(i) for i in range(20)), ("a", "b"), np.eye(2)[truth] * 0.98 + 0.01, truth
+    )
+    found = evaluate_predictions(perfect)
+    # Wilson 1927 for 20 of 20: 1 / (1 + 1.96^2 / 20)
+    assert found["accuracy"]["low"] == pytest.approx(0.8389, abs=1e-4)
+    assert found["accuracy"]["high"] == 1.0
+    assert found["balanced_accuracy"]["low"] < 0.9
+
+
+def test_score_intervals_cover_the_truth() -> None:
+    generator = np.random.default_rng(5)
+    truth = np.repeat([0, 1], [60, 15])
+    skill = np.array([0.9, 0.7])
+    hits = {"accuracy": 0, "balanced_accuracy": 0}
+    expected = {"accuracy": (60 * 0.9 + 15 * 0.7) / 75, "balanced_accuracy": 0.8}
+    for _ in range(400):
+        right = generator.random(75) < skill[truth]
+        confusion = np.zeros((2, 2), np.int64)
+        np.add.at(confusion, (truth, np.where(right, truth, 1 - truth)), 1)
+        for name, (low, high) in _score_intervals(confusion).items():
+            hits[name] += low <= expected[name] <= high
+    assert all(0.92 <= number / 400 <= 0.985 for number in hits.values()), hits
 
 
 def test_images_of_one_patient_widen_the_interval() -> None:

@@ -26,7 +26,7 @@ def trained() -> Backbone:
     for tensor in backbone.state_dict().values():
         if tensor.is_floating_point():
             tensor.add_(0.125)
-    backbone.is_random = False
+    backbone.random = frozenset()
     return backbone
 
 
@@ -89,6 +89,7 @@ def test_a_vit_takes_another_size() -> None:
         ("vgg11", 8, "does not work on images of 3 channels and 8x8 px"),
         ("nowhere.py:net", 32, "`nowhere.py:net` cannot be loaded"),
         ("json:loads_", 32, "`json:loads_` cannot be loaded"),
+        ("json:loads", 32, "does not work on images of 3 channels and 32x32 px: TypeError"),
     ],
 )
 def test_an_impossible_architecture_is_refused(arch: str, size: int, text: str) -> None:
@@ -109,6 +110,24 @@ def test_an_own_network_must_give_features(tmp_path: Path) -> None:
     file.write_text("def text(channels):\n    return 'no network'\n")
     with pytest.raises(UsageError, match=r"returned str; expected a torch\.nn\.Module"):
         Backbone.create(f"{file}:text", RGB)
+
+
+def test_a_mistake_in_own_code_is_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.py"
+    for text, told in (("def net(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError: division by")):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=f"cannot be loaded: {told}"):
+            Backbone.create(f"{file}:net", RGB)
+
+
+def test_own_code_may_define_dataclasses(tmp_path: Path) -> None:
+    file = tmp_path / "modern.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from torch import nn\n\n@dataclass\nclass Width:\n    value: int = 4\n\n"
+        "def net(channels):\n    return nn.Sequential(nn.Conv2d(channels, Width().value, 3))\n"
+    )
+    assert Backbone.create(f"{file}:net", RGB).width == 4
 
 
 def test_a_transplant_takes_every_tensor(trained: Backbone) -> None:
@@ -155,6 +174,7 @@ def test_named_tensors_may_start_fresh(trained: Backbone) -> None:
     moves = transplant(trained, target, ["new:body.conv1.*"])
     assert torch.equal(target.state_dict()["body.conv1.0.weight"], fresh)
     assert sum(move.num_tensors for move in moves if move.what == "new") > 0
+    assert target.random == {name for name in target.state_dict() if ".conv1." in name[:12]}
 
 
 @pytest.mark.parametrize("entry", ["everything", "new:nothing.*"])

@@ -69,6 +69,14 @@ def test_epochs_and_lr_go_to_the_phases_that_iterate() -> None:
     assert (everything.learns, everything.epochs, everything.lr) == ("all", 7, 0.5)
 
 
+@pytest.mark.parametrize("key", ["epochs", "lr"])
+def test_what_would_change_nothing_is_refused(key: str) -> None:
+    with pytest.raises(UsageError, match=f"`{key}` would change nothing"):
+        Recipe.transfer("head").changed({key: 3})
+    with pytest.raises(UsageError, match="a head alone is solved in 1 epoch"):
+        Recipe.scratch().changed({"phases": [{"learns": "head", "epochs": 3}]})
+
+
 def test_assignments_are_read_as_toml() -> None:
     given = ["augment=none", "ema_decay=0.9", "image_size=[64, 48]", "optimizer = 'sgd'"]
     assert parse_assignments(given) == {

@@ -104,7 +104,7 @@ def make_run(
             "name": names[0],
             "fingerprint": "41119a46bfede497",
             "class_names": list(names),
-            "options": {"csv": None, "image_column": "image", "label_column": "l", "allow": []},
+            "options": {"csv": None, "image_column": "image", "relabel": [], "allow": []},
             "splits": {"train": 20, "val": 21, "test": 757},
             "excluded": 1,
             "notes": [f"test has no images of `{names[-1]}`"],

@@ -42,7 +42,8 @@ def settled(recipe: Recipe, found: Material, norm: str = "batch") -> Recipe:
 
 def classifier_of(arch: str, inputs: InputSpec, *, trained: bool = True) -> Classifier:
     backbone = Backbone.create(arch, inputs)
-    backbone.is_random = not trained
+    if trained:
+        backbone.random = frozenset()
     return Classifier(backbone, NAMES)
 
 
@@ -55,15 +56,17 @@ def bars(make_shapes: MakeShapes) -> tuple[Material, InputSpec]:
     return material(make_shapes(NAMES, 24))
 
 
-@pytest.mark.parametrize(("learns", "num_frozen"), [("head", 5), ("last:1", 4), ("last:3", 2)])
+@pytest.mark.parametrize(
+    ("learns", "epochs", "num_frozen"), [("head", 1, 5), ("last:1", 2, 4), ("last:3", 2, 2)]
+)
 def test_frozen_stages_stay_bit_identical(
-    bars: tuple[Material, InputSpec], learns: str, num_frozen: int
+    bars: tuple[Material, InputSpec], learns: str, epochs: int, num_frozen: int
 ) -> None:
     found, inputs = bars
     classifier = classifier_of("resnet10t", inputs)
     before = state_of(classifier.backbone)
     recipe = settled(
-        Recipe(goal="transfer", phases=(Phase(learns=learns, epochs=2, lr=0.1),)), found
+        Recipe(goal="transfer", phases=(Phase(learns=learns, epochs=epochs, lr=0.1),)), found
     )
     list(fit(classifier, found, recipe, ENGINE))
     after = classifier.backbone.state_dict()
@@ -93,6 +96,36 @@ def test_freezing_random_weights_is_refused(bars: tuple[Material, InputSpec], le
     recipe = settled(Recipe(phases=(Phase(learns=learns),)), found)
     with pytest.raises(UsageError, match="a frozen random backbone stays random"):
         next(fit(classifier, found, recipe, ENGINE))
+
+
+def test_new_tensors_must_learn_in_some_phase(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs)
+    stem = frozenset(classifier.backbone.stages[0])
+    classifier.backbone.random = stem  # as `--adapt new:body.conv1.*` leaves it
+    with pytest.raises(UsageError, match="the stage 1 is random, and learning only `last:2`"):
+        next(fit(classifier, found, settled(Recipe.transfer("last:2"), found), ENGINE))
+    recipe = settled(Recipe.transfer("full").changed({"epochs": 1}), found)
+    list(fit(classifier, found, recipe, ENGINE))
+    assert not classifier.backbone.random
+
+
+class WithDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5))
+        self.high = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout(0.5))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        maps: Tensor = self.high(self.low(images_BCHW))
+        return maps.mean(dim=(2, 3))
+
+
+def test_dropout_works_where_a_stage_learns_and_only_there() -> None:
+    body = WithDropout()
+    classifier = Classifier(Backbone("net.py:net", body, InputSpec((8, 8), 3)), NAMES)
+    freeze(classifier, Phase(learns="last:1"))
+    assert (body.low[1].training, body.high[1].training) == (False, True)
 
 
 def test_a_network_learns_from_scratch(bars: tuple[Material, InputSpec]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.data.cache import Cache
-from regraft.data.dataset import DataOptions, Dataset
+from regraft.data.dataset import Dataset
 from regraft.data.listing import list_images
 from regraft.delivery.report import write_report
 from regraft.engine import Engine
@@ -56,7 +56,7 @@ def pretrain(
     Example:
         >>> run = pretrain("chest_xray", out="runs/source", arch="vgg16_bn")
     """
-    recipe = recipe or Recipe.scratch()
+    recipe = _fitting(recipe or Recipe.scratch(), "scratch")
     dataset = _opened(data, Path(out))
     size = DEFAULT_SIZE if recipe.image_size == "auto" else recipe.image_size
     channels = dataset.channels if recipe.channels == "auto" else recipe.channels
@@ -86,7 +86,7 @@ def finetune(
     Example:
         >>> run = finetune("knees", out="runs/target", start="runs/source")
     """
-    recipe = recipe or Recipe.transfer()
+    recipe = _fitting(recipe or Recipe.transfer(), "transfer")
     begun = Start.load(Path(start), arch, adapt)
     dataset = _opened(data, Path(out))
     begun.refuse_leak(dataset)
@@ -126,7 +126,7 @@ def compare(
             f"`--metric {metric}` over {seeds} seeds is not possible",
             hint=f"use at least 1 seed and one of {', '.join(METRICS)}",
         )
-    recipe, out = recipe or Recipe.transfer(), Path(out)
+    recipe, out = _fitting(recipe or Recipe.transfer(), "transfer"), Path(out)
     begun = Start.load(Path(start), arch, adapt)
     dataset = _opened(data, out)
     begun.refuse_leak(dataset)
@@ -196,11 +196,21 @@ def report(folders: Sequence[Place], *, out: Place) -> Path:
     return write_report([Path(folder) for folder in folders], Path(out))
 
 
-def _opened(data: Data, out: Path, options: DataOptions | None = None) -> Dataset:
+def _opened(data: Data, out: Path) -> Dataset:
     refuse_existing(out)
     root = data.root if isinstance(data, Dataset) else Path(data)
     refuse_inside(out, root)
-    return data if isinstance(data, Dataset) else Dataset.open(root, options)
+    return data if isinstance(data, Dataset) else Dataset.open(root)
+
+
+def _fitting(recipe: Recipe, goal: str) -> Recipe:
+    """Returns the recipe, if it was made for this: rates and BatchNorm follow from its goal."""
+    if recipe.goal != goal:
+        raise UsageError(
+            f'the recipe has goal = "{recipe.goal}"; this command needs "{goal}"',
+            hint=f"make one with `regraft recipe {goal} > recipe.toml`",
+        )
+    return recipe
 
 
 def _run_arms(
@@ -215,9 +225,11 @@ def _run_arms(
     arms: dict[str, list[Predictions]] = {
         "transfer": [], "scratch": [], "probe_transplanted": [], "probe_random": [],
     }  # fmt: skip
+    # What starts at random knows nothing of Dataset1: not even its mean and std.
+    own = session.cache.with_statistics(session.inputs, session.dataset.rows("train"))
     for seed in range(recipe.seed, recipe.seed + num_seeds):
         backbone, moves = begun.backbone(session.inputs, seed)
-        random = begun.random_backbone(session.inputs, seed)
+        random = begun.random_backbone(own, seed)
         birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
         arms["probe_random"].append(_probed(session, random))
         transfer = session.resolved(recipe.changed({"seed": seed}), backbone)
@@ -271,6 +283,7 @@ def _judged(session: Session, arms: dict[str, list[Predictions]], metric: str) -
             arm: {name: summarise(runs, name) for name in METRICS} for arm, runs in arms.items()
         },
         "chance_balanced_accuracy": chance,
+        "class_names": list(session.dataset.class_names),
         "data": {
             "name": session.dataset.root.resolve().name,
             "fingerprint": session.dataset.fingerprint,

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from regraft.errors import ArtefactError, UsageError
+from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+
+from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.storage import (
     append_json_line,
     read_json,
@@ -21,6 +23,44 @@ from regraft.storage import (
 
 SCHEMA = 1
 FINISHED, INTERRUPTED, RUNNING, FAILED = "finished", "interrupted", "running", "failed"
+
+
+class _Options(BaseModel):
+    relabel: list[str]
+    allow: list[str]
+
+
+class _Data(BaseModel):
+    name: str
+    fingerprint: str
+    class_names: list[str]
+    options: _Options
+
+
+class _RunFile(BaseModel):
+    """What this version reads of run.json; the rest is for people."""
+
+    id: str
+    verb: str
+    arch: str
+    recipe: dict[str, Any]
+    data: _Data
+
+
+class _Line(BaseModel):
+    """A line of samples.jsonl or lineage.jsonl."""
+
+    sha256: str = ""
+    split: Literal["train", "val", "test"] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "_Line":
+        if bool(self.sha256) != bool(self.split):
+            raise ValueError("a hash and a split belong together")
+        return self
+
+
+_Lines = TypeAdapter(list[_Line])
 
 
 @dataclass(frozen=True)
@@ -54,11 +94,11 @@ class Run:
             UsageError: Something is there already.
         """
         refuse_existing(folder)
+        document = {"schema": SCHEMA, **record, "versions": versions()}
+        document["id"] = sha256_of(document)[:16]
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "samples.jsonl", to_json_lines(samples))
         write_text(folder / "lineage.jsonl", to_json_lines(seen))
-        document = {"schema": SCHEMA, **record, "versions": versions()}
-        document["id"] = sha256_of(document)[:16]
         write_json(folder / "run.json", document)
         run = cls(folder)
         run.set_status(RUNNING)
@@ -79,11 +119,21 @@ class Run:
                 hint="name a folder that `regraft pretrain` or `regraft finetune` has written",
             )
         run = cls(folder)
-        if run.record.get("schema") != SCHEMA:
+        record: Any = run.record
+        schema = record.get("schema") if isinstance(record, dict) else None
+        if schema != SCHEMA:
             raise ArtefactError(
-                f"`{folder}` has schema {run.record.get('schema')}; this version reads {SCHEMA}",
+                f"`{folder}` has schema {schema}; this version reads {SCHEMA}",
                 hint="use the regraft version that wrote it",
             )
+        try:
+            _RunFile.model_validate(record)
+        except ValidationError as error:
+            places = {".".join(map(str, entry["loc"])) for entry in error.errors()}
+            raise ArtefactError(
+                f"`{folder / 'run.json'}` was changed: {shorten(sorted(places))} does not fit",
+                hint="restore the file from a copy",
+            ) from error
         return run
 
     @cached_property
@@ -123,7 +173,16 @@ class Run:
             raise ArtefactError(
                 f"`{self.folder / name}` is missing", hint="restore the folder from a copy"
             )
-        return read_json_lines(self.folder / name)
+        lines = read_json_lines(self.folder / name)
+        try:
+            _Lines.validate_python(lines)
+        except ValidationError as error:
+            number = int(error.errors()[0]["loc"][0]) + 1
+            raise ArtefactError(
+                f"`{self.folder / name}` line {number} is no record of an image",
+                hint="restore the file from a copy",
+            ) from error
+        return lines
 
     def append_epoch(self, epoch: Mapping[str, Any], times: Mapping[str, Any]) -> None:
         append_json_line(self.folder / "metrics.jsonl", epoch)

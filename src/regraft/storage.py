@@ -119,11 +119,22 @@ def read_json_lines(path: Path) -> list[Any]:
     """Returns the documents; none if the file does not exist yet.
 
     A last line without its newline is an append that was cut off, and is left out.
+
+    Raises:
+        ArtefactError: Another line is not JSON.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    documents = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            documents.append(json.loads(line))
+        except ValueError as error:
+            raise ArtefactError(
+                f"`{path}` line {number} is not valid JSON: {error}",
+                hint="restore the file from a copy",
+            ) from error
+    return documents
 
 
 def _drop_cut_off_line(stream: BinaryIO) -> None:

@@ -22,7 +22,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     print(
         f"{count(comparison['num_seeds'], 'seed')}, "
         f"{count(comparison['num_images'], 'test image')}; "
-        f"the least difference this test set can show is {comparison['least_detectable']:.3f}\n"
+        f"so many show a true difference of {comparison['least_detectable']:.3f} 4 times in 5\n"
     )
     print(f"{'test images':<36}accuracy         balanced accuracy")
     for arm, label in ARMS.items():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from regraft.data.dataset import Dataset, Sample, unreadable_problem, unusable
 from regraft.data.decode import Pixels, UnreadableImage, quiet_codecs, read_content, read_pixels
-from regraft.errors import ArtefactError
+from regraft.errors import ArtefactError, UsageError
 from regraft.inputs import DECODER, InputSpec
 from regraft.storage import committed_folder, read_json, sha256_of, write_json
 
@@ -59,6 +59,11 @@ class Cache:
         Raises:
             DataError: Images cannot be decoded; all of them are named.
         """
+        if cache_home().resolve().is_relative_to(dataset.root.resolve()):
+            raise UsageError(
+                f"the cache `{cache_home()}` lies inside the data, which is never written to",
+                hint="set REGRAFT_CACHE to another folder",
+            )
         folder = cache_home() / _key(dataset, size, channels)
         cached = _load(folder)
         if cached is None:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.data.decode import UnreadableImage
-from regraft.data.split import SPLITS
-from regraft.errors import DataError, RegraftError, count
+from regraft.data.split import SPLITS, split_problems
+from regraft.errors import DataError, RegraftError, count, shorten
 from regraft.storage import sha256_of
 
 
@@ -118,13 +118,23 @@ class Dataset:
         return np.array(rows, dtype=np.int64)
 
     def without(self, broken: Sequence[tuple[Sample, UnreadableImage]]) -> "Dataset":
-        """Returns the dataset without these images; they are listed as excluded."""
-        left = {sample for sample, _ in broken}
-        return replace(
-            self,
-            samples=tuple(sample for sample in self.samples if sample not in left),
-            excluded=self.excluded + tuple((sample.path, str(error)) for sample, error in broken),
-        )
+        """Returns the dataset without these images; they are listed as excluded.
+
+        Raises:
+            DataError: Too little is left of a class or a split that was there.
+        """
+        out = {sample for sample, _ in broken}
+        kept = tuple(sample for sample in self.samples if sample not in out)
+        problems = []
+        if gone := sorted(set(self.class_names) - {sample.label for sample in kept}):
+            problems.append(f"no image of {shorten(gone)} can be read")
+        if any(sample.split != "test" for sample in self.samples):
+            labels, splits = [s.label for s in kept], [s.split for s in kept]
+            problems += split_problems(labels, splits)[0]
+        if problems:
+            raise unusable(self.root, problems)
+        left_out = tuple((sample.path, str(error)) for sample, error in broken)
+        return replace(self, samples=kept, excluded=self.excluded + left_out)
 
     def summary(self) -> str:
         sizes = Counter(sample.split for sample in self.samples)
@@ -138,14 +148,27 @@ class Dataset:
         )
 
 
-def unusable(root: Path, problems: Sequence[str]) -> RegraftError:
-    """Returns the one error for a dataset that cannot be used."""
-    number = count(len(problems), "problem")
+def unusable(root: Path, problems: Sequence[str], hint: str = "") -> RegraftError:
+    """Returns the one error for a dataset that cannot be used.
+
+    Args:
+        root: Its folder.
+        problems: All that is wrong.
+        hint: What to do; empty: mend these, or allow what can be allowed.
+    """
+    told = "\n".join(problems)
+    ways = [
+        f"{what} with `--allow {code}`"
+        for sign, what, code in (
+            ("cannot be read", "leave broken files out", "unreadable"),
+            ("with equal bytes, e.g.", "leave copies out", "leak"),
+        )
+        if sign in told
+    ]
     return DataError(
-        f"`{root}` cannot be used: {number}",
+        f"`{root}` cannot be used: {count(len(problems), 'problem')}",
         problems=problems,
-        hint="mend these, or leave broken files and copies out with "
-        "`--allow unreadable` and `--allow leak`; nothing was created",
+        hint=hint or ", or ".join(["mend the data", *ways]),
     )
 
 

@@ -190,6 +190,10 @@ def _visible_folders(root: Path, folder: Path, listing: Listing) -> list[Path]:
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         if reason := _left_out(path):
             listing.excluded.append((path.relative_to(root).as_posix(), reason))
+            if path.is_symlink():  # it may have been meant as a class: never drop one silently
+                listing.problems.append(
+                    f"`{path.relative_to(root)}` is a link to a folder: links are not followed"
+                )
         else:
             found.append(path)
     return found

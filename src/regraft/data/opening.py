@@ -13,7 +13,7 @@ from pathlib import Path
 from regraft.data.dataset import DataOptions, Dataset, Sample, unreadable_problem, unusable
 from regraft.data.decode import Header, UnreadableImage, quiet_codecs, read_content, read_header
 from regraft.data.listing import Listed, Listing, list_csv, list_folder
-from regraft.data.split import SPLITS, assign_splits
+from regraft.data.split import SPLITS, assign_splits, split_problems
 from regraft.errors import UsageError, count, shorten
 
 MIN_IMAGES = 5  # assumed: fewer cannot stand in train, val and test and still be learned
@@ -26,6 +26,10 @@ def open_dataset(root: Path, options: DataOptions, *, whole: bool) -> Dataset:
         raise UsageError(
             f"`--allow` does not know {shorten(sorted(unknown))}",
             hint=f"it takes {shorten(ALLOWABLE)}",
+        )
+    if options.per_class is not None and options.per_class < 1:
+        raise UsageError(
+            f"`--per-class {options.per_class}` leaves nothing to learn", hint="use at least 1"
         )
     return _Reading(root, options, whole).dataset()
 
@@ -44,7 +48,7 @@ class _Reading:
         self.listing = self._list()
         self._relabel()
         images, hashes, headers = self._read_headers()
-        channels, bit_depth = self._common_form(images, headers)
+        channels, bit_depth = self._common_form(headers)
         if not self.whole:
             self._check_classes(images)
             self._check_labels(images, hashes)
@@ -56,7 +60,8 @@ class _Reading:
             ]
         else:
             samples = self._limit(self._split(images, hashes))
-            self._check_splits(samples)
+            if samples:
+                self._check_splits(samples)
         self._refuse_problems()
         return Dataset(
             root=self.root,
@@ -140,7 +145,7 @@ class _Reading:
             self.listing.problems.append(unreadable_problem(broken))
         return images, hashes, headers
 
-    def _common_form(self, images: Sequence[Listed], headers: Sequence[Header]) -> tuple[int, int]:
+    def _common_form(self, headers: Sequence[Header]) -> tuple[int, int]:
         channels = Counter(header.channels for header in headers)
         depths = Counter(header.bit_depth for header in headers)
         if set(channels) == {1, 3}:
@@ -149,7 +154,6 @@ class _Reading:
             self.listing.problems.append(f"images differ in channels: {_tally(channels)}")
         if len(depths) > 1:
             self.listing.problems.append(f"images differ in bits per channel: {_tally(depths)}")
-        assert len(images) == len(headers)
         return max(channels, default=3), max(depths, default=8)
 
     def _check_classes(self, images: Sequence[Listed]) -> None:
@@ -249,17 +253,11 @@ class _Reading:
         return kept
 
     def _check_splits(self, samples: list[Sample]) -> None:
-        names = {split: {s.label for s in samples if s.split == split} for split in SPLITS}
-        for split in ("val", "test"):
-            if extra := sorted(names[split] - names["train"]):
-                self.listing.problems.append(
-                    f"{split} has classes that train lacks: {shorten(extra)}"
-                )
-            if len(names[split]) < 2:
-                shown = f"only `{min(names[split])}`" if names[split] else "no images"
-                self.listing.problems.append(f"{split} shows {shown}: nothing can be told apart")
-            elif lacking := sorted(names["train"] - names[split]):
-                self.notes.append(f"{split} has no images of {shorten(lacking)}")
+        self._check_copies(samples)
+        labels, splits = [s.label for s in samples], [s.split for s in samples]
+        problems, notes = split_problems(labels, splits)
+        self.listing.problems += problems
+        self.notes += notes
         divided = defaultdict(set)
         for sample in samples:
             if sample.group is not None:
@@ -268,7 +266,6 @@ class _Reading:
             self.listing.problems.append(
                 f"{count(len(crossing), 'group')} in more than one split: {shorten(crossing)}"
             )
-        self._check_copies(samples)
 
     def _check_copies(self, samples: list[Sample]) -> None:
         first: dict[str, Sample] = {}

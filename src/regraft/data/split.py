@@ -4,6 +4,8 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from regraft.errors import shorten
+
 SPLITS = ("train", "val", "test")
 VAL_SHARE = 0.15  # assumed: 15 % to choose the epoch,
 TEST_SHARE = 0.20  # 20 % to judge; both are stratified by class
@@ -46,6 +48,23 @@ def assign_splits(
                     left[name] = max(0.0, left[name] - number)
                 break
     return [split_of[group] for group in groups]
+
+
+def split_problems(labels: Sequence[str], splits: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns what forbids to learn and judge with these splits, and what is only worth a note."""
+    names: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for label, split in zip(labels, splits, strict=True):
+        names[split].add(label)
+    problems, notes = [], []
+    for split in ("val", "test"):
+        if extra := sorted(names[split] - names["train"]):
+            problems.append(f"{split} has classes that train lacks: {shorten(extra)}")
+        if len(names[split]) < 2:
+            shown = f"only `{min(names[split])}`" if names[split] else "no images"
+            problems.append(f"{split} shows {shown}: nothing can be told apart")
+        elif lacking := sorted(names["train"] - names[split]):
+            notes.append(f"{split} has no images of {shorten(lacking)}")
+    return problems, notes
 
 
 def _place(group: str) -> str:

@@ -37,6 +37,9 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         told = [float(number) if np.isfinite(number) else None for number in numbers]
         document[name] = dict(zip(("value", "low", "high"), told, strict=True))
     confusion = _confusion(predictions)
+    if predictions.groups is None:
+        for name, (low, high) in _score_intervals(confusion).items():
+            document[name] |= {"low": low, "high": high}
     document["class_names"] = list(predictions.class_names)
     document["confusion"] = confusion.tolist()
     document["per_class"] = _per_class(predictions.class_names, confusion)
@@ -56,6 +59,33 @@ def point(predictions: Predictions, name: str) -> float:
 def _percentiles(draws: Array) -> Array:
     known = draws[~np.isnan(draws)]
     return np.percentile(known, [2.5, 97.5]) if len(known) else np.array([np.nan, np.nan])
+
+
+def _score_intervals(confusion: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
+    """Returns 95 % intervals of accuracy and balanced accuracy for independent images.
+
+    A bootstrap of images that are all right has no spread, and would claim to be certain.
+
+    Source: Wilson 1927; sums of proportions as in Zou and Donner 2008, doi:10.1002/sim.3095.
+    """
+    shown_K = confusion.sum(axis=1)
+    hits_K, shown_K = np.diag(confusion)[shown_K > 0], shown_K[shown_K > 0]
+    low_K, high_K = _wilson(hits_K, shown_K)
+    recall_K, mean = hits_K / shown_K, float((hits_K / shown_K).mean())
+    below = float(np.sqrt(((recall_K - low_K) ** 2).sum())) / len(shown_K)
+    above = float(np.sqrt(((high_K - recall_K) ** 2).sum())) / len(shown_K)
+    low, high = _wilson(hits_K.sum(), shown_K.sum())
+    return {
+        "accuracy": (float(low), float(high)),
+        "balanced_accuracy": (mean - below, mean + above),
+    }
+
+
+def _wilson(hits: Any, number: Any) -> tuple[Any, Any]:
+    share, z2 = hits / number, 1.96**2
+    centre = (share + z2 / (2 * number)) / (1 + z2 / number)
+    half = np.sqrt(z2 * share * (1 - share) / number + z2**2 / (4 * number**2)) / (1 + z2 / number)
+    return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)
 
 
 def log_losses(probabilities_NK: Array, truth: NDArray[np.int64]) -> Array:

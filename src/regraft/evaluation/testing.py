@@ -40,7 +40,8 @@ def fitting_channels(dataset: Dataset, channels: int) -> int:
     raise UsageError(
         f"`{dataset.root}` has images of {count(dataset.channels, 'channel')}, the network takes "
         f"{channels}",
-        hint="when fine-tuning, change the first convolution with `--adapt channels`",
+        hint=f"let the network take {dataset.channels}: `--adapt channels` when fine-tuning, "
+        f"`--set channels={dataset.channels}` when pretraining",
     )
 
 
@@ -54,6 +55,11 @@ def test_images(run: Run, dataset: Dataset, split: str) -> Dataset:
         DataError: Some of the Run's own images are missing, or images were trained on.
         UsageError: There is no such split.
     """
+    if split not in ("val", "test"):
+        raise UsageError(
+            f"`--split {split}` cannot be judged: use images that were not trained on",
+            hint="use `--split test` or `--split val`",
+        )
     own = {s["sha256"]: s for s in run.samples() if s.get("split") == split}
     found = [sample for sample in dataset.samples if sample.sha256 in own]
     if found:
@@ -90,7 +96,12 @@ def _foreign_images(run: Run, dataset: Dataset, split: str) -> Dataset:
             f"e.g. {shorten(sample.path for sample in trained)}"
         )
     if problems:
-        raise unusable(dataset.root, problems)
+        raise unusable(
+            dataset.root,
+            problems,
+            hint="give images of the classes it knows, and leave those it has seen out with "
+            "`--allow leak`",
+        )
     kept = tuple(sample for sample in chosen if sample not in set(trained))
     return replace(dataset, samples=kept, class_names=run.class_names)
 
@@ -132,6 +143,8 @@ def record_evaluation(
         "split": split,
         "images": _fingerprint(dataset, predictions.paths),
         **evaluate_predictions(predictions),
+        "excluded": [{"path": path, "reason": why} for path, why in dataset.excluded],
+        "num_mistakes": int((predictions.predicted != predictions.truth).sum()),
         "mistakes": [_mistake(predictions, int(position)) for position in worst],
     }
     shutil.rmtree(run.folder / "mistakes", ignore_errors=True)

@@ -5,6 +5,7 @@ B batch, C channels, H height, W width, D features, N tokens.
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import ArtefactError, UsageError, shorten
+from regraft.errors import ArtefactError, RegraftError, UsageError, shorten
 from regraft.inputs import InputSpec
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -32,7 +33,7 @@ class Backbone(nn.Module):
         inputs: What it expects of an image.
         width: Number of features, measured by one forward pass.
         stages: Names of the tensors of each stage, from the stem to the top; together all.
-        is_random: Nothing has trained or transplanted these weights yet.
+        random: Names of the tensors that nothing has trained or transplanted yet.
     """
 
     def __init__(self, arch: str, body: nn.Module, inputs: InputSpec) -> None:
@@ -41,7 +42,7 @@ class Backbone(nn.Module):
         self.arch = Path(arch).name if is_own(arch) else arch
         self.body = body
         self.inputs = inputs
-        self.is_random = True
+        self.random = frozenset(self.state_dict())
         self.width = self._measured_width()
         self.stages = _stages(body)
 
@@ -57,12 +58,15 @@ class Backbone(nn.Module):
                 torch.manual_seed(seed)
                 build = _own_network if is_own(arch) else _timm_network
                 return cls(arch, build(arch, inputs), inputs)
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        except RegraftError:
+            raise
+        except Exception as error:  # networks, those of users above all, may raise anything
             height, width = inputs.size
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UsageError(
                 f"`{arch}` does not work on images of {inputs.channels} channels and "
-                f"{height}x{width} px: {str(error).splitlines()[0]}",
-                hint="try a larger `--image-size`",
+                f"{height}x{width} px: {reason}",
+                hint="check what the network expects: `--image-size`, and the images' channels",
             ) from error
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -83,15 +87,23 @@ class Backbone(nn.Module):
         if size != self.inputs.size and hasattr(body, "set_input_size"):
             body.set_input_size(img_size=size)  # type: ignore[operator]
         resized = Backbone(self.arch, body, replace(self.inputs, size=size))
-        resized.is_random = self.is_random
+        resized.random = self.random
         return resized
 
     def stage_modules(self, stage: int) -> Iterator[nn.Module]:
-        """Yields the modules that own tensors of one stage."""
-        names = {name.rpartition(".")[0] for name in self.stages[stage]}
+        """Yields the modules of one stage; what has no tensors (dropout) goes with those before."""
+        stage_of = {tensor: number for number, names in enumerate(self.stages) for tensor in names}
+        current = 0
         for name, module in self.named_modules():
-            if name in names:
+            own = next(iter(module.state_dict(prefix=f"{name}." if name else "")), None)
+            current = current if own is None else stage_of[own]
+            if current == stage:
                 yield module
+
+    @property
+    def is_random(self) -> bool:
+        """Whether nothing has trained or transplanted any of its weights yet."""
+        return len(self.random) == len(self.state_dict())
 
     @property
     def num_parameters(self) -> int:
@@ -172,13 +184,14 @@ def _factory(arch: str) -> Callable[[int], Any]:
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # as an import does: dataclasses look it up
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
         return getattr(module, name)  # type: ignore[no-any-return]
-    except (OSError, ImportError, AttributeError) as error:
+    except Exception as error:  # code of the user's may raise anything
         raise UsageError(
-            f"`{arch}` cannot be loaded: {error}",
+            f"`{arch}` cannot be loaded: {type(error).__name__}: {error}",
             hint="write `path/to/file.py:factory` or `package.module:factory`",
         ) from error
 

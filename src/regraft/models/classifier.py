@@ -99,7 +99,7 @@ class Classifier(nn.Module):
         inputs = InputSpec.from_dict(document.inputs)
         backbone = Backbone.create(refuse_unnamed_code(document.arch, arch), inputs)
         backbone.arch = document.arch
-        backbone.is_random = False
+        backbone.random = frozenset()
         classifier = cls(backbone, tuple(document.class_names))
         classifier.lineage = tuple(document.lineage)
         classifier._load_exactly(state, folder)

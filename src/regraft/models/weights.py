@@ -63,7 +63,7 @@ def transplant(source: Backbone, target: Backbone, adapt: Sequence[str] = ()) ->
     if problems:
         raise _refusal(source, target, problems)
     target.load_state_dict(fresh | merged)
-    target.is_random = False
+    target.random = frozenset(name for name, what in how.items() if what == "new")
     arrived = target.state_dict()
     assert all(torch.equal(arrived[name], merged[name]) for name in merged)
     return _table(target, how)

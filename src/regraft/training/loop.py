@@ -31,6 +31,7 @@ from regraft.models.classifier import Classifier
 from regraft.training.optim import (
     Average,
     freeze,
+    learning_stages,
     make_optimizer,
     refuse_frozen_random,
     scheduled_lr,
@@ -42,6 +43,10 @@ from regraft.training.recipe import Phase, Recipe
 # A loss under 98 % of the entropy has left it: measured on plain VGG16, docs/log.md 2026-11-23.
 LEFT_ENTROPY = 0.98
 STALL_STEPS = 100  # measured likewise: He-initialised VGG16 leaves it within 80 steps
+
+
+class Diverged(NumericError):
+    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +167,9 @@ def fit(
         engine: Where and how to compute.
 
     Raises:
-        UsageError: A phase freezes random weights.
-        NumericError: The loss is not finite, or never leaves the entropy of the labels.
+        UsageError: Random weights would stay frozen.
+        Diverged: The loss is not finite; the classifier holds the best epoch before that.
+        NumericError: The loss never leaves the entropy of the labels.
     """
     refuse_frozen_random(classifier.backbone, recipe)
     state = _Fit(classifier, material, recipe, engine)
@@ -171,12 +177,12 @@ def fit(
         for phase in recipe.phases:
             freeze(classifier, phase)
             yield from (_solve if phase.learns == "head" else _train)(state, phase)
-            classifier.backbone.is_random = False
+            for stage in learning_stages(classifier.backbone, phase):
+                classifier.backbone.random -= set(classifier.backbone.stages[stage])
     finally:
         kept = state.best_state or (state.latest and state.latest.state_dict())
         if kept:
             classifier.load_state_dict(kept)
-            classifier.backbone.is_random = False
         classifier.requires_grad_(True)
         classifier.eval()
 
@@ -291,10 +297,10 @@ class _StallDetector:
         )
 
 
-def _diverged(what: str, value: float, epoch: int, lr: float) -> NumericError:
-    return NumericError(
+def _diverged(what: str, value: float, epoch: int, lr: float) -> Diverged:
+    return Diverged(
         f"the {what} is {value} in epoch {epoch} at learning rate {lr:.3g}",
-        hint="use a smaller `--lr`; the weights of the best epoch so far are kept",
+        hint="use a smaller `--lr`; the best epoch before that, if there is one, is in the run",
     )
 
 

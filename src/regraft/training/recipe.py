@@ -67,6 +67,12 @@ class Phase(BaseModel):
             raise ValueError("expected a positive number or `auto`")
         return value
 
+    @model_validator(mode="after")
+    def _solved_at_once(self) -> "Phase":
+        if self.learns == "head" and self.epochs not in ("auto", 1):
+            raise ValueError("a head alone is solved in 1 epoch")
+        return self
+
     def learns_stage(self, stage: int, num_stages: int) -> bool:
         """Whether a stage (0 is the stem) learns in this phase."""
         if self.learns == "all":
@@ -235,7 +241,7 @@ class Recipe(BaseModel):
     def _resolved_phase(
         self, phase: Phase, normalisation: str, optimizer: str, batch: int, steps: int, images: int
     ) -> Phase:
-        epochs: int | Auto = phase.epochs
+        epochs: int | Auto = 1 if phase.learns == "head" else phase.epochs
         if epochs == "auto" and self.goal == "scratch":
             epochs = SCRATCH_EPOCHS
         elif epochs == "auto":
@@ -254,11 +260,16 @@ class Recipe(BaseModel):
         """Returns the recipe with other values; `epochs` and `lr` go to the phases that train.
 
         Raises:
-            UsageError: A key is unknown or a value does not fit.
+            UsageError: A key is unknown, or a value does not fit or would change nothing.
         """
         document = self.model_dump()
         for key, value in changes.items():
             if key in ("epochs", "lr"):
+                if all(phase["learns"] == "head" for phase in document["phases"]):
+                    raise UsageError(
+                        f"`{key}` would change nothing: the head alone is solved in one pass",
+                        hint="leave it out, or use another `--strategy`",
+                    )
                 for phase in document["phases"]:
                     if phase["learns"] != "head":
                         phase[key] = value

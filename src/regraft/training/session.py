@@ -26,8 +26,8 @@ from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration
 from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
-from regraft.training.loop import Epoch, Material, fit, to_json
-from regraft.training.optim import refuse_frozen_random
+from regraft.training.loop import Diverged, Epoch, Material, fit, to_json
+from regraft.training.optim import refuse_frozen_random, refuse_single_images
 from regraft.training.recipe import Recipe
 
 DEFAULT_SIZE = (224, 224)  # Krizhevsky et al. 2012 and most architectures since
@@ -38,10 +38,10 @@ class Stopped(RegraftError):
 
     code = "stopped"
 
-    def __init__(self, run: Run, number: int) -> None:
+    def __init__(self, run: Run, number: int, best: int) -> None:
+        what = f"epoch {best}, the best so far, is" if best else "what the first epoch learned is"
         super().__init__(
-            f"stopped by {signal.Signals(number).name}; the best epoch so far is saved in "
-            f"`{run.folder}`",
+            f"stopped by {signal.Signals(number).name}; {what} saved in `{run.folder}`",
             hint=f"it can be used as it is: `regraft evaluate {run.folder} DATA`",
         )
         self.exit_code = 128 + number  # type: ignore[misc]
@@ -71,6 +71,13 @@ class Session:
             on_progress(Note(f"data: {note}"))
         if dataset.channels == 1 and channels == 3:
             on_progress(Note("data: grey images are replicated to RGB for this network"))
+        if dataset.bit_depth != inputs.bit_depth:
+            on_progress(
+                Note(
+                    f"data: the start was trained on {inputs.bit_depth}-bit images, these have "
+                    f"{dataset.bit_depth} bits; both are scaled to [0, 1] by their largest value"
+                )
+            )
         if not inputs.mean:
             inputs = cache.with_statistics(inputs, dataset.rows("train"))
         return cls(dataset, cache, inputs, engine, on_progress)
@@ -83,13 +90,13 @@ class Session:
         """
         self.engine.place(backbone)
         if backbone.is_random:
-            update_bn(self._plain_batches(self.dataset.rows("train")), backbone)
+            update_bn(self._plain_batches(self.dataset.rows("train"), backbone.inputs), backbone)
         rows = np.arange(len(self.dataset.samples))
-        return infer(backbone, self._plain_batches(rows), self.engine)
+        return infer(backbone, self._plain_batches(rows, backbone.inputs), self.engine)
 
-    def _plain_batches(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
+    def _plain_batches(self, rows: NDArray[np.int64], inputs: InputSpec) -> Iterator[Tensor]:
         images, device = self.cache.images, self.engine.device
-        return eval_batches(images, rows, self.inputs, batch_size=EVAL_BATCH, device=device)
+        return eval_batches(images, rows, inputs, batch_size=EVAL_BATCH, device=device)
 
     def resolved(self, recipe: Recipe, backbone: Backbone) -> Recipe:
         settled = recipe.changed({"image_size": self.inputs.size, "channels": self.inputs.channels})
@@ -112,11 +119,16 @@ class Session:
 
         Raises:
             Stopped: A signal came; the Run holds the best epoch so far.
+            UsageError: The recipe cannot work with this backbone or so few images.
         """
         refuse_frozen_random(backbone, recipe)
+        refuse_single_images(backbone, recipe, len(self.dataset.rows("train")))
         classifier = Classifier(backbone, self.dataset.class_names, seed=recipe.seed)
         self.engine.place(classifier)
         run = self._create_run(classifier, recipe, out, record)
+        own = {"verb": record["verb"], "run": run.record["id"], "data": self.dataset.fingerprint}
+        own |= {"train_images": len(self.dataset.rows("train")), "arch": backbone.arch}
+        classifier.lineage = (*record.get("lineage", ()), own)
         best = 0
         caught: list[int] = []
         try:
@@ -128,16 +140,15 @@ class Session:
                     self.on_progress(told)
                     if caught:
                         break
-        except RegraftError as error:
-            run.set_status(FAILED, reason=error.message)
+        except BaseException as error:  # whatever ends it: no Run stays `running`
+            if best and isinstance(error, Diverged):
+                classifier.save(run.final)
+            run.set_status(FAILED, reason=str(error).split("\n")[0] or repr(error), best_epoch=best)
             raise
-        own = {"verb": record["verb"], "run": run.record["id"], "data": self.dataset.fingerprint}
-        own |= {"train_images": len(self.dataset.rows("train")), "arch": backbone.arch}
-        classifier.lineage = (*record.get("lineage", ()), own)
         classifier.save(run.final)
         run.set_status(INTERRUPTED if caught else FINISHED, best_epoch=best)
         if caught:
-            raise Stopped(run, caught[0])
+            raise Stopped(run, caught[0], best)
         return run, classifier
 
     def _material(self) -> Material:
@@ -175,7 +186,7 @@ class Session:
             "arch": classifier.backbone.arch,
             "backbone_parameters": classifier.backbone.num_parameters,
             "recipe": recipe.model_dump(mode="json"),
-            "inputs": self.inputs.to_dict(),
+            "inputs": classifier.inputs.to_dict(),
             "data": {
                 "name": data.root.resolve().name,
                 "fingerprint": data.fingerprint,
@@ -272,6 +283,7 @@ class Start:
                     f"the start was trained on {count(len(known), 'test image')}, "
                     f"e.g. {shorten(sample.path for sample in known)}"
                 ],
+                hint="use other test images, or a start that has not seen these",
             )
 
 
