@@ -114,7 +114,7 @@ def test_evaluation_is_plain_and_in_order() -> None:
 
 def test_evaluation_cannot_shuffle_or_augment() -> None:
     parameters = set(inspect.signature(eval_batches).parameters)
-    assert parameters == {"images", "rows", "inputs", "batch_size", "device"}
+    assert parameters == {"images", "rows", "inputs", "batch_size", "device", "shard"}
     assert {"how", "seed", "epoch"} <= set(inspect.signature(train_batches).parameters)
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regraft.data.cache import Cache, cache_home
+from regraft.data.cache import Cache
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.errors import DataError
 from regraft.inputs import InputSpec
+from regraft.storage import cache_home
 
 MakeFolder = Callable[..., Path]
 TWO = {"a": 8, "b": 8}

@@ -17,7 +17,8 @@ from regraft.evaluation.predictions import infer, softmax
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
-from regraft.training.loop import Epoch, Material, Step, fit
+from regraft.training.activations import Material
+from regraft.training.loop import Epoch, Step, fit
 from regraft.training.optim import freeze, make_optimizer, scheduled_lr
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Phase, Recipe

@@ -134,8 +134,9 @@ def compare(
     session = Session.prepare(dataset, inputs, engine or Engine(), on_progress)
     arms = _run_arms(session, begun, recipe, out, seeds, metric)
     comparison = _judged(session, arms, metric)
-    write_json(out / "comparison.json", comparison)
-    report([out], out=out / "report.html")
+    if session.engine.is_main:
+        write_json(out / "comparison.json", comparison)
+        report([out], out=out / "report.html")
     return comparison
 
 
@@ -161,10 +162,11 @@ def evaluate(
     dataset = test_images(opened, data, split)
     channels = fitting_channels(dataset, classifier.inputs.channels)
     told = counting(on_progress, "decoding")
-    cache, dataset = Cache.build(dataset, classifier.inputs.size, channels, told)
+    with engine.first_on_machine():
+        cache, dataset = Cache.build(dataset, classifier.inputs.size, channels, told)
     engine.place(classifier)
     predictions = predict_dataset(classifier, dataset, cache, own_rows(dataset), engine)
-    return record_evaluation(opened, predictions, dataset, cache, split)
+    return record_evaluation(opened, predictions, dataset, cache, split, write=engine.is_main)
 
 
 def predict(
@@ -252,7 +254,8 @@ def _run_arms(
             found = predict_dataset(
                 classifier, session.dataset, session.cache, rows, session.engine
             )
-            record_evaluation(run, found, session.dataset, session.cache, "test")
+            write = session.engine.is_main
+            record_evaluation(run, found, session.dataset, session.cache, "test", write=write)
             arms[arm].append(found)
             value = point(found, metric)
             session.on_progress(Note(f"{arm:<8} seed {seed}: test {metric} {value:.3f}"))

@@ -1,18 +1,18 @@
-"""Engine: device, precision and memory format; the only file that imports accelerate."""
+"""Engine: device, precision, memory format and processes; the only file that imports accelerate.
+
+Under `torchrun` every process runs the same command; the main one (rank 0) writes and tells.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.errors import EnvironmentFault, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 PROBE_PIXELS = 32 * 128 * 128  # in a timed step: fills the cores, and is short at 224 px
 PROBE_STEPS = 2
@@ -24,6 +24,9 @@ class Engine:
     Attributes:
         device: Where the network and the batches live.
         precision: `bf16` where the processor computes it natively, else `fp32`.
+        shard: This process among all: (rank, number); (0, 1) where there is one.
+        is_main: Whether this process writes and tells.
+        is_first_here: Whether it is the one that fills the caches of its machine.
     """
 
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
@@ -33,7 +36,11 @@ class Engine:
         self.precision = _precision(chosen) if precision == "auto" else precision
         # Precision is ours (`autocast`): accelerate allows one per process for ever.
         self._accelerator: Accelerator = Accelerator(cpu=chosen.type == "cpu")
-        self.device = chosen
+        # A process of several has a GPU of its own; accelerate knows which.
+        self.device = self._accelerator.device if chosen.type == "cuda" else chosen
+        self.shard = (self._accelerator.process_index, self._accelerator.num_processes)
+        self.is_main: bool = self._accelerator.is_main_process
+        self.is_first_here: bool = self._accelerator.is_local_main_process
 
     def place(self, module: nn.Module) -> None:
         """Moves a network to the device, in channels-last order (convolutions gain from it)."""
@@ -46,6 +53,47 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
+
+    def distributed(self, network: nn.Module) -> nn.Module:
+        """Returns the network; among several processes, one whose gradients are their mean."""
+        if self.shard[1] == 1:
+            return network
+        return self._accelerator.prepare(network)  # type: ignore[no-any-return]
+
+    def gathered(self, own: list[Any]) -> list[Any]:
+        """Returns the items of all processes, dealt out like cards: the first of each, ..."""
+        if self.shard[1] == 1:
+            return own
+        hands: list[list[Any]] = [[] for _ in range(self.shard[1])]
+        torch.distributed.all_gather_object(hands, own)
+        longest = max(len(hand) for hand in hands)
+        return [hand[place] for place in range(longest) for hand in hands if place < len(hand)]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Returns the mean over the processes."""
+        return self._accelerator.reduce(values, "mean")  # type: ignore[no-any-return]
+
+    def shared(self, network: nn.Module) -> None:
+        """Gives every process the main one's tensors (BatchNorm statistics differ by shard)."""
+        if self.shard[1] > 1:
+            for tensor in network.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
+
+    def any(self, flag: bool) -> bool:
+        """Returns whether the flag is up in some process."""
+        if self.shard[1] == 1:
+            return flag
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def wait(self) -> None:
+        """Waits until every process is here."""
+        self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def first_on_machine(self) -> Iterator[None]:
+        """Lets one process of each machine do the block before the others."""
+        with self._accelerator.local_main_process_first():
+            yield
 
     @contextmanager
     def seeded(self, *numbers: int) -> Iterator[None]:
@@ -64,6 +112,7 @@ class Engine:
             "device": self.device.type,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
+            "processes": self.shard[1],
             "cpu": torch.backends.cpu.get_cpu_capability(),
         }
 

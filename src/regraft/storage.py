@@ -21,6 +21,13 @@ from regraft.errors import ArtefactError, EnvironmentFault
 MANIFEST = "manifest.json"
 
 
+def cache_home() -> Path:
+    """Returns `REGRAFT_CACHE`, or `regraft` in the user's cache folder."""
+    if chosen := os.environ.get("REGRAFT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
+
+
 @contextmanager
 def committed(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what is written there becomes `path` on success."""

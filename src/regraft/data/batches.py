@@ -18,6 +18,8 @@ from regraft.inputs import InputSpec
 
 Images = NDArray[Any]  # uint8 or uint16, (image, height, width, channel)
 Rows = NDArray[np.int64]
+Shard = tuple[int, int]  # of a process: rank, number of processes
+ONLY: Shard = (0, 1)
 
 
 def train_batches(
@@ -30,25 +32,64 @@ def train_batches(
     seed: int,
     epoch: int,
     device: torch.device,
+    views: int | None = None,
+    shard: Shard = ONLY,
 ) -> Iterator[tuple[Tensor, Rows]]:
-    """Yields (images_BCHW, their rows), every row once, in an order given by (seed, epoch).
+    """Yields (images_BCHW, the rows of the batch) in the order of `shuffled_batches`.
+
+    With `views`, an image has that many augmented views, which the epochs use in turn. Among
+    several processes each yields the images of its own shard, and all rows of the batch.
+    """
+    view = epoch if views is None else epoch % views
+    for chosen in shuffled_batches(rows, batch_size=batch_size, seed=seed, epoch=epoch):
+        own = chosen[shard[0] :: shard[1]]
+        plain = normalised(images, own, inputs, device)
+        yield augment(plain, own, how, seed=seed, epoch=view), chosen
+
+
+def view_batches(
+    images: Images,
+    rows: Rows,
+    inputs: InputSpec,
+    how: Augmentation,
+    *,
+    batch_size: int,
+    seed: int,
+    view: int,
+    device: torch.device,
+    shard: Shard = ONLY,
+) -> Iterator[Tensor]:
+    """Yields one augmented view of training images in their order, as `train_batches` makes it."""
+    for start in range(shard[0] * batch_size, len(rows), shard[1] * batch_size):
+        own = rows[start : start + batch_size]
+        yield augment(normalised(images, own, inputs, device), own, how, seed=seed, epoch=view)
+
+
+def shuffled_batches(rows: Rows, *, batch_size: int, seed: int, epoch: int) -> list[Rows]:
+    """Returns the rows in batches, every row once, in an order given by (seed, epoch).
 
     Batches differ in size by one image at most, so with a batch size of 3 or more none is left
     with a single image, on which BatchNorm cannot compute a variance.
     """
-    order = rows[
-        np.argsort(uniform(seed, epoch, rows, ORDER_DRAW + 1)[:, ORDER_DRAW], kind="stable")
-    ]
-    for chosen in np.array_split(order, num_batches(len(rows), batch_size)):
-        plain = normalised(images, chosen, inputs, device)
-        yield augment(plain, chosen, how, seed=seed, epoch=epoch), chosen
+    draws = uniform(seed, epoch, rows, ORDER_DRAW + 1)[:, ORDER_DRAW]
+    order = rows[np.argsort(draws, kind="stable")]
+    return np.array_split(order, num_batches(len(rows), batch_size))
 
 
 def eval_batches(
-    images: Images, rows: Rows, inputs: InputSpec, *, batch_size: int, device: torch.device
+    images: Images,
+    rows: Rows,
+    inputs: InputSpec,
+    *,
+    batch_size: int,
+    device: torch.device,
+    shard: Shard = ONLY,
 ) -> Iterator[Tensor]:
-    """Yields images_BCHW of the rows in their order, exactly as they are."""
-    for start in range(0, len(rows), batch_size):
+    """Yields images_BCHW of the rows in their order, exactly as they are.
+
+    Among several processes each yields every so manieth batch: its shard.
+    """
+    for start in range(shard[0] * batch_size, len(rows), shard[1] * batch_size):
         yield normalised(images, rows[start : start + batch_size], inputs, device)
 
 

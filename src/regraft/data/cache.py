@@ -21,7 +21,7 @@ from regraft.data.dataset import Dataset, Sample, unreadable_problem, unusable
 from regraft.data.decode import Pixels, UnreadableImage, quiet_codecs, read_content, read_pixels
 from regraft.errors import ArtefactError, UsageError
 from regraft.inputs import DECODER, InputSpec
-from regraft.storage import committed_folder, read_json, sha256_of, write_json
+from regraft.storage import cache_home, committed_folder, read_json, sha256_of, write_json
 
 CHUNK = 256  # images in flight while decoding or averaging: bounds memory, not a result
 
@@ -37,10 +37,12 @@ class Cache:
         images: Memory-mapped (image, height, width, channel), uint8 or uint16, in the order of
             `Dataset.samples`.
         is_grey: All channels of all images are equal (grey content, however it was stored).
+        key: Names contents and decode rule.
     """
 
     images: NDArray[np.uint8] | NDArray[np.uint16]
     is_grey: bool
+    key: str
 
     @classmethod
     def build(
@@ -100,18 +102,12 @@ class Cache:
         return replace(inputs, mean=mean, std=std)
 
 
-def cache_home() -> Path:
-    """Returns `REGRAFT_CACHE`, or `regraft` in the user's cache folder."""
-    if chosen := os.environ.get("REGRAFT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
-
-
 def _load(folder: Path) -> Cache | None:
     """Returns the entry, or None where there is none or it is damaged."""
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
-        return Cache(images, bool(read_json(folder / "cache.json")["is_grey"]))
+        is_grey = bool(read_json(folder / "cache.json")["is_grey"])
+        return Cache(images, is_grey, folder.name)
     except (OSError, ValueError, KeyError, TypeError, ArtefactError):
         return None
 

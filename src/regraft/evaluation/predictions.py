@@ -5,7 +5,8 @@ N images, K classes.
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,17 +51,34 @@ class Predictions:
         return wrong[np.argsort(-confidence, kind="stable")][:most]
 
 
-def infer(network: nn.Module, batches: Iterable[Tensor], engine: Engine) -> NDArray[np.float32]:
-    """Returns the network's outputs for all images in order; it is put back as it was."""
+def infer(
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    engine: Engine,
+) -> NDArray[np.float32]:
+    """Returns the network's outputs for all images in order; it is put back as it was.
+
+    Args:
+        network: Put into evaluation mode.
+        batches: Of this process's shard, see `eval_batches`; the outputs are those of all.
+        engine: Where and how to compute.
+    """
+    outputs = []
+    with evaluating(network), engine.autocast():
+        for batch in batches:
+            outputs.append(network(batch).float().cpu().numpy())
+    return np.concatenate(engine.gathered(outputs))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Puts a network into evaluation mode, without gradients, and back as it was."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    outputs = []
-    with torch.inference_mode(), engine.autocast():
-        for images_BCHW in batches:
-            outputs.append(network(images_BCHW).float().cpu().numpy())
+    with torch.inference_mode():
+        yield
     for module, training in modes:
         module.training = training
-    return np.concatenate(outputs)
 
 
 def softmax(logits_NK: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -18,7 +18,14 @@ from regraft.data.decode import Pixels, UnreadableImage, encode_png, read_conten
 from regraft.engine import Engine
 from regraft.errors import DataError, UsageError, count, shorten
 from regraft.evaluation.metrics import evaluate_predictions
-from regraft.evaluation.predictions import EVAL_BATCH, Predictions, infer, softmax, to_csv
+from regraft.evaluation.predictions import (
+    EVAL_BATCH,
+    Predictions,
+    evaluating,
+    infer,
+    softmax,
+    to_csv,
+)
 from regraft.inputs import InputSpec
 from regraft.models.classifier import Classifier
 from regraft.progress import OnProgress, counting
@@ -111,7 +118,12 @@ def predict_dataset(
 ) -> Predictions:
     """Returns predictions for these rows: in order, not augmented, with truth and groups."""
     batches = eval_batches(
-        cache.images, rows, classifier.inputs, batch_size=EVAL_BATCH, device=engine.device
+        cache.images,
+        rows,
+        classifier.inputs,
+        batch_size=EVAL_BATCH,
+        device=engine.device,
+        shard=engine.shard,
     )
     return tabulate(infer(classifier, batches, engine), dataset, rows)
 
@@ -132,9 +144,15 @@ def tabulate(
 
 
 def record_evaluation(
-    run: Run, predictions: Predictions, dataset: Dataset, cache: Cache, split: str
+    run: Run,
+    predictions: Predictions,
+    dataset: Dataset,
+    cache: Cache,
+    split: str,
+    *,
+    write: bool,
 ) -> dict[str, Any]:
-    """Writes evaluation.json, predictions.csv and thumbnails of the worst mistakes into the Run."""
+    """Returns the evaluation; writes it, predictions.csv and the worst mistakes into the Run."""
     row_of = {sample.path: row for row, sample in enumerate(dataset.samples)}
     worst = predictions.worst(NUM_MISTAKES)
     document = {
@@ -147,6 +165,8 @@ def record_evaluation(
         "num_mistakes": int((predictions.predicted != predictions.truth).sum()),
         "mistakes": [_mistake(predictions, int(position)) for position in worst],
     }
+    if not write:
+        return document
     shutil.rmtree(run.folder / "mistakes", ignore_errors=True)
     with committed_folder(run.folder / "mistakes") as folder:
         for number, position in enumerate(worst):
@@ -208,8 +228,9 @@ def predict_files(
 def _infer_all(
     classifier: Classifier, batches: Iterator[Tensor], engine: Engine
 ) -> Iterator[NDArray[np.float32]]:
-    for images_BCHW in batches:
-        yield infer(classifier, [images_BCHW], engine)
+    with evaluating(classifier), engine.autocast():
+        for images_BCHW in batches:
+            yield classifier(images_BCHW).float().cpu().numpy()
 
 
 def _stacked(waiting: Sequence[Pixels], inputs: InputSpec, engine: Engine) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from regraft.errors import ArtefactError, RegraftError, UsageError, shorten
 from regraft.inputs import InputSpec
+from regraft.models.stages import Cut, find_cut, run_above, run_below, stages
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -44,7 +45,8 @@ class Backbone(nn.Module):
         self.inputs = inputs
         self.random = frozenset(self.state_dict())
         self.width = self._measured_width()
-        self.stages = _stages(body)
+        groups, self._ends = stages(body)
+        self.stages = tuple(tuple(f"body.{name}" for name in group) for group in groups)
 
     @classmethod
     def create(cls, arch: str, inputs: InputSpec, *, seed: int = 0) -> "Backbone":
@@ -71,8 +73,41 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Returns features_BD."""
+        return self._pooled(self._maps(images_BCHW))
+
+    def cut(self, num_frozen: int) -> Cut | None:
+        """Returns the place above the lowest stages; None where the network cannot be cut there."""
+        if num_frozen == len(self.stages):
+            return Cut("", ())
+        height, width = self.inputs.size
+        example = next(self.parameters())
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, self.inputs.channels, height, width)
+        images_BCHW = torch.randn(shape, generator=generator).to(example)
+        found = find_cut(self.body, self._maps, self._ends[num_frozen - 1], images_BCHW)
+        for module, training in modes:
+            module.training = training
+        return found
+
+    def below(self, cut: Cut, images_BCHW: Tensor) -> Tensor:
+        """Returns the activations at the cut; features_BD where nothing lies above it."""
+        if not cut.below:
+            return self(images_BCHW)  # type: ignore[no-any-return]
+        return run_below(self.body, self._maps, cut, images_BCHW)
+
+    def above(self, cut: Cut, activations: Tensor) -> Tensor:
+        """Returns features_BD from the activations at the cut."""
+        if not cut.below:
+            return activations
+        return self._pooled(run_above(self.body, cut, activations))
+
+    def _maps(self, images_BCHW: Tensor) -> Tensor:
         forward: Callable[[Tensor], Tensor] = getattr(self.body, "forward_features", self.body)
-        maps = forward(images_BCHW)
+        return forward(images_BCHW)
+
+    def _pooled(self, maps: Tensor) -> Tensor:
         if maps.ndim == 4:
             channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
             return maps.mean(dim=(1, 2) if channels_last else (2, 3))
@@ -215,29 +250,3 @@ def refuse_unnamed_code(saved: str, named: str | None) -> str:
         f"the model was built by `{saved}`, and code named in a file is never run unasked",
         hint=f"name it again: `--arch {saved}`",
     )
-
-
-def _stages(body: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups the tensors of a network, from the stem to the top.
-
-    timm names the module that ends each stage (`feature_info`); a user's network is cut at its
-    top-level children. Tensors after the last boundary belong to the last stage.
-    """
-    tensors = list(body.state_dict())
-    info = getattr(body, "feature_info", None)
-    if info is None:
-        ends = [name for name, _ in body.named_children()]
-    else:
-        ends = [entry["module"] for entry in getattr(info, "info", info)]
-    order = {name: position for position, (name, _) in enumerate(body.named_modules())}
-    last_of = {
-        end: max(place for name, place in order.items() if f"{name}.".startswith(f"{end}."))
-        for end in ends
-    }
-    groups: list[list[str]] = [[] for _ in ends] or [[]]
-    for tensor in tensors:
-        place = order[tensor.rpartition(".")[0]]
-        # A tensor of the network itself (a position embedding) has place 0: the stem.
-        stage = next((i for i, end in enumerate(ends) if place <= last_of[end]), len(groups) - 1)
-        groups[stage].append(f"body.{tensor}")
-    return tuple(tuple(group) for group in groups if group)

@@ -10,8 +10,9 @@ B batch, C channels, H height, W width, D features, K classes.
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
-from math import inf, isfinite
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import inf, isfinite, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from regraft.data.augment import AUGMENTATIONS
-from regraft.data.batches import Images, eval_batches, num_batches, train_batches
+from regraft.data.batches import num_batches
 from regraft.engine import Engine
 from regraft.errors import NumericError
 from regraft.evaluation.metrics import log_losses, point
-from regraft.evaluation.predictions import EVAL_BATCH, Predictions, infer, softmax
+from regraft.evaluation.predictions import Predictions, infer, softmax
+from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
+from regraft.progress import Counting, Note
+from regraft.training.activations import Feed, Live, Material, choose_feed
 from regraft.training.optim import (
     Average,
     freeze,
@@ -43,25 +46,11 @@ from regraft.training.recipe import Phase, Recipe
 # A loss under 98 % of the entropy has left it: measured on plain VGG16, docs/log.md 2026-11-23.
 LEFT_ENTROPY = 0.98
 STALL_STEPS = 100  # measured likewise: He-initialised VGG16 leaves it within 80 steps
+SYNC_STEPS = 10  # the device is asked for its losses this often; assumed
 
 
 class Diverged(NumericError):
     """The loss is no number any more."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """What `fit` learns from: decoded images, and which rows are for what. No test rows.
-
-    Attributes:
-        images: (image, height, width, channel), see `Cache`.
-        labels: Class index of every row.
-    """
-
-    images: Images
-    labels: NDArray[np.int64]
-    train_rows: NDArray[np.int64]
-    val_rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,32 @@ class _Fit:
     best_loss: float = float("inf")
     best_state: dict[str, Tensor] | None = None
     latest: nn.Module | None = None
+    feed: Feed = field(init=False)
 
+    @property
+    def live(self) -> Live:
+        return Live(self.material, self.classifier.inputs, self.recipe, self.engine)
+
+    def loss(self, logits_BK: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        """Returns the mean loss of the whole batch `rows`, of which this process has a part.
+
+        Weighted as if one process had it all: the mean over processes is the batch's loss.
+        """
+        rank, number = self.engine.shard
+        labels = torch.from_numpy(self.material.labels[rows]).to(self.engine.device)
+        weights = self.class_weights
+        summed = functional.cross_entropy(
+            logits_BK,
+            labels[rank::number],
+            weights,
+            reduction="sum",
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        mass = len(rows) if weights is None else weights[labels].sum()
+        mean: Tensor = summed * number / mass
+        return mean
+
+    @cached_property
     def class_weights(self) -> Tensor | None:
         if self.recipe.class_weights == "none":
             return None
@@ -115,21 +129,16 @@ class _Fit:
         weights = len(labels) / (len(counts) * np.maximum(counts, 1))
         return torch.tensor(weights, dtype=torch.float32, device=self.engine.device)
 
-    def outputs(self, network: nn.Module, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        batches = eval_batches(
-            self.material.images,
-            rows,
-            self.classifier.inputs,
-            batch_size=EVAL_BATCH,
-            device=self.engine.device,
-        )
-        return infer(network, batches, self.engine)
+    def features(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        network = _Features(self.classifier.backbone, self.feed)
+        return infer(network, self.feed.plain_batches(rows), self.engine)
 
-    def close_epoch(self, network: nn.Module, learns: str, train_loss: float) -> Epoch:
+    def close_epoch(self, network: Classifier, learns: str, train_loss: float) -> Epoch:
         """Validates, and keeps the weights if no earlier epoch had a lower validation loss."""
         self.epoch += 1
         rows = self.material.val_rows
-        probabilities = softmax(self.outputs(network, rows))
+        through = _Network(network, self.feed)
+        probabilities = softmax(infer(through, self.feed.plain_batches(rows), self.engine))
         truth = self.material.labels[rows]
         names = self.classifier.class_names
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
@@ -155,7 +164,7 @@ class _Fit:
 
 def fit(
     classifier: Classifier, material: Material, recipe: Recipe, engine: Engine
-) -> Generator[Step | Epoch, None, None]:
+) -> Generator[Step | Epoch | Note | Counting, None, None]:
     """Trains the classifier in place, phase by phase.
 
     The best epoch is the one with the lowest validation loss; test images are not at hand here.
@@ -176,6 +185,10 @@ def fit(
     try:
         for phase in recipe.phases:
             freeze(classifier, phase)
+            live = replace(state.live, views=recipe.views_of(phase))
+            state.feed, obstacle = yield from choose_feed(live, classifier.backbone, phase)
+            if obstacle:
+                yield Note(f"the frozen part runs again at every step: {obstacle}")
             yield from (_solve if phase.learns == "head" else _train)(state, phase)
             for stage in learning_stages(classifier.backbone, phase):
                 classifier.backbone.random -= set(classifier.backbone.stages[stage])
@@ -190,12 +203,12 @@ def fit(
 def _solve(state: _Fit, phase: Phase) -> Iterator[Epoch]:
     """A linear probe to convergence: one pass for the features, then a convex problem."""
     classifier, material = state.classifier, state.material
-    features_ND = state.outputs(classifier.backbone, material.train_rows)
+    features_ND, val_features = map(state.features, (material.train_rows, material.val_rows))
     labels_N = material.labels[material.train_rows]
     solution = solve_head(
         features_ND,
         labels_N,
-        state.outputs(classifier.backbone, material.val_rows),
+        val_features,
         material.labels[material.val_rows],
         balanced=state.recipe.class_weights == "balanced",
     )
@@ -205,59 +218,117 @@ def _solve(state: _Fit, phase: Phase) -> Iterator[Epoch]:
 
 
 def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
-    classifier, material, recipe, engine = (
-        state.classifier, state.material, state.recipe, state.engine,
-    )  # fmt: skip
-    optimizer = make_optimizer(classifier, phase, recipe)
-    learning = [p for group in optimizer.param_groups for p in group["params"]]
-    weights = state.class_weights()
-    labels = torch.from_numpy(material.labels).to(engine.device)
-    steps_an_epoch = num_batches(len(material.train_rows), int(recipe.batch_size))
+    recipe, engine = state.recipe, state.engine
+    optimizer = make_optimizer(state.classifier, phase, recipe)
+    network = engine.distributed(_Network(state.classifier, state.feed))
+    averaged = AveragedModel(
+        state.classifier, multi_avg_fn=Average(recipe.ema_decay), use_buffers=True
+    )
+    steps_an_epoch = num_batches(len(state.material.train_rows), int(recipe.batch_size))
     num_steps = steps_an_epoch * int(phase.epochs)
-    averaged = AveragedModel(classifier, multi_avg_fn=Average(recipe.ema_decay), use_buffers=True)
     patience = recipe.stall_share * num_steps if recipe.stall_share < 1 else inf
     stall = _StallDetector(label_entropy(state), patience)
-    step = images_done = 0
-    began = time.monotonic()
+    pace = _Pace(num_steps)
     for _ in range(int(phase.epochs)):
-        losses = []
-        for images_BCHW, rows in train_batches(
-            material.images,
-            material.train_rows,
-            classifier.inputs,
-            AUGMENTATIONS[recipe.augment],
-            batch_size=int(recipe.batch_size),
-            seed=recipe.seed,
-            epoch=state.epoch,
-            device=engine.device,
-        ):
-            lr = scheduled_lr(phase, step, num_steps)
+        losses = _Losses(engine, state.epoch + 1)
+        for batch, rows in state.feed.train_batches(state.epoch):
+            lr = scheduled_lr(phase, pace.step, num_steps)
             set_lr(optimizer, lr)
-            with engine.seeded(recipe.seed, state.epoch, step):
+            with engine.seeded(recipe.seed, state.epoch, pace.step, engine.shard[0]):
                 with engine.autocast():
-                    logits_BK = classifier(images_BCHW)
-                loss = functional.cross_entropy(
-                    logits_BK, labels[rows], weights, label_smoothing=recipe.label_smoothing
-                )
+                    logits_BK = network(batch)
+                loss = state.loss(logits_BK, rows)
                 engine.backward(loss)
-            value = float(loss.detach())
-            if not isfinite(value):
-                raise _diverged("training loss", value, state.epoch + 1, lr)
             if recipe.clip_norm:
-                nn.utils.clip_grad_norm_(learning, recipe.clip_norm)
+                nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            averaged.update_parameters(classifier)
+            averaged.update_parameters(state.classifier)
             state.latest = averaged.module
-            losses.append((value, len(rows)))
-            step, images_done = step + 1, images_done + len(rows)
-            speed = images_done / (time.monotonic() - began)
-            left_s = (num_steps - step) * images_done / step / speed
-            number = state.epoch + 1
-            yield Step(number, recipe.num_epochs, step, num_steps, value, lr, speed, left_s)
-        train_loss = sum(loss * number for loss, number in losses) / len(material.train_rows)
-        stall.check(train_loss, step)
-        yield state.close_epoch(averaged.module, phase.learns, train_loss)
+            losses.add(loss, len(rows), lr)
+            yield pace.told(state, len(rows), losses.latest, lr)
+        mean = averaged.module
+        assert isinstance(mean, Classifier)
+        engine.shared(mean)
+        train_loss = losses.mean(lr)
+        stall.check(train_loss, pace.step)
+        yield state.close_epoch(mean, phase.learns, train_loss)
+
+
+class _Features(nn.Module):
+    """The backbone, from where the batches of a feed enter it."""
+
+    def __init__(self, backbone: Backbone, feed: Feed) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.feed = feed
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.feed.features(self.backbone, batch)
+
+
+class _Network(_Features):
+    """The classifier, likewise."""
+
+    def __init__(self, classifier: Classifier, feed: Feed) -> None:
+        super().__init__(classifier.backbone, feed)
+        self.head = classifier.head
+
+    def forward(self, batch: Tensor) -> Tensor:
+        logits_BK: Tensor = self.head(super().forward(batch))
+        return logits_BK
+
+
+class _Losses:
+    """The losses of an epoch, fetched from the device every few steps only."""
+
+    def __init__(self, engine: Engine, epoch: int) -> None:
+        self.engine = engine
+        self.epoch = epoch
+        self.waiting: list[Tensor] = []
+        self.numbers: list[int] = []
+        self.total = 0.0
+        self.latest = nan
+
+    def add(self, loss: Tensor, number: int, lr: float) -> None:
+        self.waiting.append(loss.detach())
+        self.numbers.append(number)
+        if len(self.waiting) == SYNC_STEPS or isnan(self.latest):
+            self._fetch(lr)
+
+    def mean(self, lr: float) -> float:
+        """Returns the mean over all images of the epoch."""
+        self._fetch(lr)
+        return self.total / sum(self.numbers)
+
+    def _fetch(self, lr: float) -> None:
+        if not self.waiting:
+            return
+        values = self.engine.mean(torch.stack(self.waiting)).tolist()
+        if broken := [value for value in values if not isfinite(value)]:
+            raise _diverged("training loss", broken[0], self.epoch, lr)
+        numbers = self.numbers[-len(values) :]
+        self.total += sum(v * n for v, n in zip(values, numbers, strict=True))
+        self.latest = values[-1]
+        self.waiting.clear()
+
+
+class _Pace:
+    """Counts steps and images, and foretells the rest."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.step = self.images = 0
+        self.began = time.monotonic()
+
+    def told(self, state: _Fit, num_images: int, loss: float, lr: float) -> Step:
+        self.step, self.images = self.step + 1, self.images + num_images
+        elapsed_s = time.monotonic() - self.began
+        left_s = (self.num_steps - self.step) * elapsed_s / self.step
+        return Step(
+            state.epoch + 1, state.recipe.num_epochs, self.step, self.num_steps, loss, lr,
+            self.images / elapsed_s, left_s,
+        )  # fmt: skip
 
 
 def label_entropy(state: _Fit) -> float:
@@ -267,7 +338,7 @@ def label_entropy(state: _Fit) -> float:
     """
     labels = state.material.labels[state.material.train_rows]
     counts = Counter(labels.tolist())
-    weights = state.class_weights()
+    weights = state.class_weights
     mass = np.array([counts[c] * (1.0 if weights is None else float(weights[c])) for c in counts])
     share = mass / mass.sum()
     smoothing = state.recipe.label_smoothing

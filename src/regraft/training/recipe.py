@@ -80,6 +80,10 @@ class Phase(BaseModel):
         last = 0 if self.learns == "head" else int(self.learns.removeprefix("last:"))
         return stage >= num_stages - last
 
+    def num_frozen(self, num_stages: int) -> int:
+        """Returns how many of the lowest stages are frozen."""
+        return sum(not self.learns_stage(stage, num_stages) for stage in range(num_stages))
+
 
 class Recipe(BaseModel):
     """Every choice of a training."""
@@ -134,6 +138,12 @@ class Recipe(BaseModel):
         le=1,
         description="stop when the loss has not left the entropy of the labels after this share "
         "of a phase (and 100 steps); 1: never stop (measured: docs/log.md 2026-11-23)",
+    )
+    views: int = Field(
+        4,
+        ge=1,
+        description="augmented views of each image where a part is frozen, used in turn: so many "
+        "activations are stored (assumed)",
     )
     phases: tuple[Phase, ...] = Field((Phase(),), min_length=1)
 
@@ -191,6 +201,12 @@ class Recipe(BaseModel):
                 f"`--strategy {strategy}` is not known", hint="use head, last:<n>, lp-ft or full"
             )
         return cls(goal="transfer", phases=phases)
+
+    def views_of(self, phase: Phase) -> int | None:
+        """Returns how many views of an image a phase uses in turn; None: a new one each epoch."""
+        if phase.learns == "all":
+            return None
+        return 1 if self.augment == "none" else self.views
 
     @property
     def num_epochs(self) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from regraft.data.batches import eval_batches
+from regraft.data.batches import ONLY, Shard, eval_batches
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset, unusable
 from regraft.engine import Engine
@@ -24,9 +24,10 @@ from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
-from regraft.progress import Note, OnProgress, counting, duration
+from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
-from regraft.training.loop import Diverged, Epoch, Material, fit, to_json
+from regraft.training.activations import Material
+from regraft.training.loop import SYNC_STEPS, Diverged, Epoch, Step, fit, to_json
 from regraft.training.optim import refuse_frozen_random, refuse_single_images
 from regraft.training.recipe import Recipe
 
@@ -62,11 +63,12 @@ class Session:
         cls, dataset: Dataset, inputs: InputSpec, engine: Engine, on_progress: OnProgress
     ) -> "Session":
         """Decodes the images; mean and std are measured where the InputSpec has none yet."""
+        on_progress = on_progress if engine.is_main else quiet
         on_progress(Note(f"data: {dataset.summary()}"))
         channels = fitting_channels(dataset, inputs.channels)
-        cache, dataset = Cache.build(
-            dataset, inputs.size, channels, counting(on_progress, "decoding")
-        )
+        with engine.first_on_machine():
+            told = counting(on_progress, "decoding")
+            cache, dataset = Cache.build(dataset, inputs.size, channels, told)
         for note in dataset.notes:
             on_progress(Note(f"data: {note}"))
         if dataset.channels == 1 and channels == 3:
@@ -89,14 +91,17 @@ class Session:
         its birth (mean 0, variance 1) its features all but vanish.
         """
         self.engine.place(backbone)
-        if backbone.is_random:
-            update_bn(self._plain_batches(self.dataset.rows("train"), backbone.inputs), backbone)
-        rows = np.arange(len(self.dataset.samples))
-        return infer(backbone, self._plain_batches(rows, backbone.inputs), self.engine)
+        if backbone.is_random:  # every process over all images: their statistics stay equal
+            update_bn(self._plain_batches("train", backbone.inputs, ONLY), backbone)
+        batches = self._plain_batches(None, backbone.inputs, self.engine.shard)
+        return infer(backbone, batches, self.engine)
 
-    def _plain_batches(self, rows: NDArray[np.int64], inputs: InputSpec) -> Iterator[Tensor]:
+    def _plain_batches(
+        self, split: str | None, inputs: InputSpec, shard: Shard
+    ) -> Iterator[Tensor]:
+        rows = np.arange(len(self.dataset.samples)) if split is None else self.dataset.rows(split)
         images, device = self.cache.images, self.engine.device
-        return eval_batches(images, rows, inputs, batch_size=EVAL_BATCH, device=device)
+        return eval_batches(images, rows, inputs, batch_size=EVAL_BATCH, device=device, shard=shard)
 
     def resolved(self, recipe: Recipe, backbone: Backbone) -> Recipe:
         settled = recipe.changed({"image_size": self.inputs.size, "channels": self.inputs.channels})
@@ -136,24 +141,40 @@ class Session:
                 for told in fit(classifier, self._material(), recipe, self.engine):
                     if isinstance(told, Epoch):
                         best = told.epoch if told.is_best else best
-                        run.append_epoch(*to_json(told))
+                        if self.engine.is_main:
+                            run.append_epoch(*to_json(told))
                     self.on_progress(told)
-                    if caught:
+                    if self._all_stop(caught, told):
                         break
         except BaseException as error:  # whatever ends it: no Run stays `running`
-            if best and isinstance(error, Diverged):
-                classifier.save(run.final)
-            run.set_status(FAILED, reason=str(error).split("\n")[0] or repr(error), best_epoch=best)
+            if self.engine.is_main:
+                if best and isinstance(error, Diverged):
+                    classifier.save(run.final)
+                reason = str(error).split("\n")[0] or repr(error)
+                run.set_status(FAILED, reason=reason, best_epoch=best)
             raise
-        classifier.save(run.final)
-        run.set_status(INTERRUPTED if caught else FINISHED, best_epoch=best)
+        if self.engine.is_main:
+            classifier.save(run.final)
+            run.set_status(INTERRUPTED if caught else FINISHED, best_epoch=best)
+        self.engine.wait()
         if caught:
             raise Stopped(run, caught[0], best)
         return run, classifier
 
+    def _all_stop(self, caught: list[int], told: object) -> bool:
+        """Whether to stop here: several processes must agree, and at the same step."""
+        if self.engine.shard[1] == 1:
+            return bool(caught)
+        if not isinstance(told, Step) or told.step % SYNC_STEPS:
+            return False
+        if stop := self.engine.any(bool(caught)):
+            caught.append(signal.SIGTERM)  # where the signal came to another process
+        return stop
+
     def _material(self) -> Material:
         data = self.dataset
-        return Material(self.cache.images, data.labels, data.rows("train"), data.rows("val"))
+        rows = data.rows("train"), data.rows("val")
+        return Material(self.cache.images, data.labels, *rows, key=self.cache.key)
 
     def estimate(self, backbone: Backbone, recipes: Sequence[Recipe]) -> None:
         """Tells how long these trainings will take, from a measured step."""
@@ -203,8 +224,10 @@ class Session:
         samples = [labelled(sample) for sample in data.samples]
         excluded = [{"path": path, "excluded": why} for path, why in data.excluded]
         seen = [{"sha256": sha, "split": split} for sha, split in record.get("seen", {}).items()]
-        run = Run.create(out, document, samples + excluded, seen)
-        return run
+        if self.engine.is_main:
+            Run.create(out, document, samples + excluded, seen)
+        self.engine.wait()
+        return Run.open(out)
 
 
 @dataclass(frozen=True)

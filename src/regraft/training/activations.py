@@ -1,0 +1,304 @@
+"""Feeds: where a phase gets its batches from. `Live` runs the whole network at each step; `Stored`
+has run the frozen part once over the dataset, and starts from its activations.
+
+Both give the same numbers. Activations lie in the user's cache folder, keyed by images, InputSpec,
+weights below the cut, precision and augmentation.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from regraft.data.augment import AUGMENTATIONS
+from regraft.data.batches import (
+    Images,
+    Rows,
+    eval_batches,
+    normalised,
+    shuffled_batches,
+    train_batches,
+    view_batches,
+)
+from regraft.engine import Engine
+from regraft.evaluation.predictions import EVAL_BATCH, evaluating
+from regraft.inputs import InputSpec
+from regraft.models.backbone import Backbone
+from regraft.models.stages import Cut
+from regraft.progress import Counting
+from regraft.storage import cache_home, committed_folder, read_json, sha256_of, write_json
+from regraft.training.recipe import Phase, Recipe
+
+BUDGET_BYTES = 16 * 2**30  # of all stored activations together; assumed
+KEPT_FREE = 0.5  # of the free disk stays free; assumed
+
+
+@dataclass(frozen=True)
+class Material:
+    """What `fit` learns from: decoded images, and which rows are for what. No test rows.
+
+    Attributes:
+        images: (image, height, width, channel), see `Cache`.
+        labels: Class index of every row.
+        key: Names the images' content (see `Cache`), so that activations are found again; None:
+            they are not stored.
+    """
+
+    images: Images
+    labels: NDArray[np.int64]
+    train_rows: Rows
+    val_rows: Rows
+    key: str | None = None
+
+
+class Feed(Protocol):
+    """Batches of a phase, and what a backbone makes of them."""
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
+        """Yields this process's part of each batch, and the rows of the whole batch."""
+
+    def plain_batches(self, rows: Rows) -> Iterator[Tensor]:
+        """Yields this process's batches of these training or validation rows, not augmented."""
+
+    def features(self, backbone: Backbone, batch: Tensor) -> Tensor:
+        """Returns features_BD of a batch."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """Images, through the whole network."""
+
+    material: Material
+    inputs: InputSpec
+    recipe: Recipe
+    engine: Engine
+    views: int | None = None
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
+        return train_batches(
+            self.material.images,
+            self.material.train_rows,
+            self.inputs,
+            AUGMENTATIONS[self.recipe.augment],
+            batch_size=int(self.recipe.batch_size),
+            seed=self.recipe.seed,
+            epoch=epoch,
+            views=self.views,
+            device=self.engine.device,
+            shard=self.engine.shard,
+        )
+
+    def plain_batches(self, rows: Rows) -> Iterator[Tensor]:
+        images, engine = self.material.images, self.engine
+        return eval_batches(
+            images,
+            rows,
+            self.inputs,
+            batch_size=EVAL_BATCH,
+            device=engine.device,
+            shard=engine.shard,
+        )
+
+    def view_batches(self, view: int) -> Iterator[Tensor]:
+        """Yields one augmented view of the training images, in their order."""
+        return view_batches(
+            self.material.images,
+            self.material.train_rows,
+            self.inputs,
+            AUGMENTATIONS[self.recipe.augment],
+            batch_size=EVAL_BATCH,
+            seed=self.recipe.seed,
+            view=view,
+            device=self.engine.device,
+            shard=self.engine.shard,
+        )
+
+    def example(self) -> Tensor:
+        """Returns one plain image."""
+        rows = self.material.train_rows[:1]
+        return normalised(self.material.images, rows, self.inputs, self.engine.device)
+
+    def features(self, backbone: Backbone, batch: Tensor) -> Tensor:
+        return backbone(batch)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Activations at a cut, through what lies above it.
+
+    Attributes:
+        values: Memory-mapped, (place, ...): all training images plain, all validation images,
+            then the training images in each of their augmented views.
+        is_channels_last: Whether channels stand last on disk, and second in the network.
+    """
+
+    live: Live
+    cut: Cut
+    values: NDArray[Any]
+    is_channels_last: bool
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
+        recipe, material = self.live.recipe, self.live.material
+        rank, number = self.live.engine.shard
+        plain = len(material.train_rows) + len(material.val_rows)
+        view = epoch % (self.live.views or 1)
+        places = plain + view * len(material.train_rows) + _places(material.train_rows)
+        for rows in shuffled_batches(
+            material.train_rows, batch_size=int(recipe.batch_size), seed=recipe.seed, epoch=epoch
+        ):
+            yield self._tensor(places[rows[rank::number]]), rows
+
+    def plain_batches(self, rows: Rows) -> Iterator[Tensor]:
+        rank, number = self.live.engine.shard
+        material = self.live.material
+        own = _places(np.concatenate([material.train_rows, material.val_rows]))[rows]
+        for start in range(rank * EVAL_BATCH, len(rows), number * EVAL_BATCH):
+            yield self._tensor(own[start : start + EVAL_BATCH])
+
+    def features(self, backbone: Backbone, batch: Tensor) -> Tensor:
+        return backbone.above(self.cut, batch)
+
+    def _tensor(self, places: Rows) -> Tensor:
+        tensor = torch.from_numpy(self.values[places]).to(self.live.engine.device)
+        if tensor.dtype == torch.int16:
+            tensor = tensor.view(torch.bfloat16)
+        return tensor.movedim(-1, 1) if self.is_channels_last else tensor
+
+
+def choose_feed(
+    live: Live, backbone: Backbone, phase: Phase
+) -> Generator[Counting, None, tuple[Feed, str]]:
+    """Returns stored activations where a phase has a frozen part, and else the network itself.
+
+    Yields progress while activations are computed.
+
+    Args:
+        live: The whole network's feed.
+        backbone: In the state of the phase.
+        phase: What learns.
+
+    Returns:
+        The feed; and why a frozen part has to be run at each step, if it has.
+    """
+    num_frozen = phase.num_frozen(len(backbone.stages))
+    if not num_frozen or live.material.key is None:
+        return live, ""
+    cut = backbone.cut(num_frozen)
+    if cut is None:
+        return live, f"`{backbone.arch}` is no chain of modules below what learns"
+    # A head alone is solved on plain images; its activations serve every seed.
+    views = 0 if phase.learns == "head" else live.views or 1
+    folder = cache_home() / "activations" / _key(live, backbone, cut, views)
+    if live.engine.any(not (folder / "activations.json").is_file()):
+        obstacle = yield from _fill(folder, live, backbone, cut, views)
+        if obstacle:
+            return live, obstacle
+    os.utime(folder)  # the least recently used go first
+    values = np.load(folder / "values.npy", mmap_mode="r")
+    is_channels_last = bool(read_json(folder / "activations.json")["is_channels_last"])
+    return Stored(live, cut, values, is_channels_last), ""
+
+
+def _fill(
+    folder: Path, live: Live, backbone: Backbone, cut: Cut, views: int
+) -> Generator[Counting, None, str]:
+    """Computes the activations in shards and commits them; returns the obstacle, if any."""
+    engine, rows = live.engine, live.material.train_rows
+    both = np.concatenate([rows, live.material.val_rows])
+    total = len(both) + views * len(rows)
+    with evaluating(backbone):
+        one = _below(live, backbone, cut, live.example())
+        example = _to_disk(one)
+        needed = total * example.nbytes
+        room = _make_room(folder.parent, needed) if engine.is_first_here else needed
+        if engine.any(room < needed):
+            return (
+                f"its activations need {needed / 2**30:.1f} GiB of disk, more than the "
+                f"{room / 2**30:.1f} GiB there is for them"
+            )
+        with committed_folder(folder) if engine.is_first_here else nullcontext() as temporary:
+            values: NDArray[Any] | None = None
+            if temporary is not None:
+                shape = (total, *example.shape[1:])
+                values = np.lib.format.open_memmap(
+                    temporary / "values.npy", "w+", example.dtype, shape
+                )
+            passes = [(len(both), live.plain_batches(both))]
+            passes += [(len(rows), live.view_batches(view)) for view in range(views)]
+            done = 0
+            for number, batches in passes:
+                for _ in range(ceil(number / EVAL_BATCH / engine.shard[1])):
+                    own = [_to_disk(_below(live, backbone, cut, b)) for b in islice(batches, 1)]
+                    for part in engine.gathered(own):
+                        if values is not None:
+                            values[done : done + len(part)] = part
+                        done += len(part)
+                        yield Counting("frozen part", done, total)
+            if temporary is not None:
+                description = {"schema": 1, "is_channels_last": one.ndim == 4}
+                write_json(temporary / "activations.json", description)
+    engine.wait()
+    return ""
+
+
+def _below(live: Live, backbone: Backbone, cut: Cut, images_BCHW: Tensor) -> Tensor:
+    with live.engine.autocast():  # of the network alone: images are augmented in float32
+        return backbone.below(cut, images_BCHW)
+
+
+def _to_disk(activations: Tensor) -> NDArray[Any]:
+    """Returns the values for the disk: bf16 as int16 bits, channels of maps last."""
+    if activations.ndim == 4:
+        activations = activations.movedim(1, -1)
+    if activations.dtype == torch.bfloat16:
+        activations = activations.contiguous().view(torch.int16)
+    return activations.contiguous().cpu().numpy()
+
+
+def _make_room(home: Path, needed: int) -> int:
+    """Deletes the least recently used activations; returns the bytes there are then."""
+    home.mkdir(parents=True, exist_ok=True)
+    folders = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    most = int(min(BUDGET_BYTES, (shutil.disk_usage(home).free + sum(sizes)) * KEPT_FREE))
+    if needed <= most:
+        while folders and sum(sizes) + needed > most:
+            shutil.rmtree(folders.pop(0), ignore_errors=True)
+            sizes.pop(0)
+    return most
+
+
+def _key(live: Live, backbone: Backbone, cut: Cut, views: int) -> str:
+    weights = hashlib.sha256()
+    above = tuple(f"body.{name}." for name in cut.above)
+    for name, tensor in backbone.state_dict().items():
+        if not name.startswith(above or "-"):
+            weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    material, recipe = live.material, live.recipe
+    rows = [
+        hashlib.sha256(r.tobytes()).hexdigest() for r in (material.train_rows, material.val_rows)
+    ]
+    look = [recipe.seed, asdict(AUGMENTATIONS[recipe.augment])] if views else []
+    return sha256_of([
+        1, material.key, rows, live.inputs.to_dict(), backbone.arch, cut.below,
+        weights.hexdigest(), live.engine.precision, live.engine.device.type, torch.__version__,
+        views, look,
+    ])  # fmt: skip
+
+
+def _places(rows: Rows) -> Rows:
+    """Returns where each row stands in `rows`."""
+    places = np.full(rows.max(initial=0) + 1, -1)
+    places[rows] = np.arange(len(rows))
+    return places
