@@ -352,3 +352,22 @@ def test_an_encoded_image_reads_back_in_8_bits_and_carries_no_metadata(
         kinds.append(content[position + 4 : position + 8])
         position += 12 + length
     assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"}
+
+
+@pytest.mark.parametrize("side", [32, 64, 100])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_large_jpeg_read_small_is_nearly_what_it_is_read_whole(side: int, turned: bool) -> None:
+    smooth = Image.fromarray(GREY).resize((600, 400), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6  # a quarter turn
+    content = encoded(smooth, "JPEG", quality=95, exif=exif)
+    found = read_pixels(content, "a.jpg", size=(side, side), channels=1)
+    whole = (
+        Image.open(io.BytesIO(content)).transpose(Image.Transpose.ROTATE_270)
+        if turned
+        else (Image.open(io.BytesIO(content)))
+    )
+    expected = np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR))
+    assert found.shape == (side, side, 1)
+    assert np.abs(found[..., 0].astype(int) - expected).max() <= 3

