@@ -4,6 +4,7 @@ torch is imported by the verbs, inside the commands: `regraft --help` answers at
 """
 
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from regraft.terminal import (
     print_evaluation,
     print_json,
     progress,
+    speaks,
     tell,
 )
 
@@ -37,6 +39,7 @@ app = App(
 )
 DATA = Group("Data", sort_key=1)
 TRAINING = Group("Training", sort_key=2)
+ALONE = ("demo", "predict", "recipe", "report")  # commands of one process
 
 
 @Parameter(name="*")
@@ -423,6 +426,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
+        _settle_processes(given)
         tokens = [argument for argument in given if argument != "--debug"]
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except RegraftError as error:
@@ -451,6 +455,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         tell("error: a mistake in regraft itself; please report the lines above")
         sys.exit(70)
     sys.exit(0)
+
+
+def _settle_processes(given: list[str]) -> None:
+    """Under `torchrun` one process speaks for all (see `Engine`)."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    if given and given[0] in ALONE:
+        raise UsageError(
+            f"`regraft {given[0]}` works in one process", hint="start it without `torchrun`"
+        )
+    if not speaks():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
 def _transfer_recipe(strategy: str | None, training: TrainingArguments) -> "Recipe":

@@ -4,6 +4,7 @@ Beside `cli.py` the only file that prints, and the only one that knows rich.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,8 +62,14 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, allow_nan=False, indent=2))
 
 
+def speaks() -> bool:
+    """Whether this is the one process, or the one among several that tells."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def tell(text: str) -> None:
-    print(text, file=sys.stderr)
+    if speaks():
+        print(text, file=sys.stderr)
 
 
 def print_error(error: RegraftError) -> None:
@@ -72,6 +79,9 @@ def print_error(error: RegraftError) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[Any], None]]:
     """Yields what shows progress on stderr: a bar on a terminal, one line an epoch elsewhere."""
+    if not speaks():
+        yield lambda _: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 

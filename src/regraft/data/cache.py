@@ -5,28 +5,26 @@ and decode rule: the same images in another folder find it again.
 """
 
 import hashlib
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regraft.data.dataset import Dataset, Sample, unreadable_problem, unusable
-from regraft.data.decode import Pixels, UnreadableImage, quiet_codecs, read_content, read_pixels
+from regraft.data.decode import (
+    CHUNK,
+    Pixels,
+    UnreadableImage,
+    map_in_threads,
+    read_content,
+    read_pixels,
+)
 from regraft.errors import ArtefactError, UsageError
 from regraft.inputs import DECODER, InputSpec
 from regraft.storage import cache_home, committed_folder, read_json, sha256_of, write_json
-
-CHUNK = 256  # images in flight while decoding or averaging: bounds memory, not a result
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -161,11 +159,3 @@ def _fill(
             raise _BrokenImages(broken)  # nothing incomplete is committed under the key
         images.flush()
         write_json(temporary / "cache.json", {"schema": 1, "is_grey": is_grey})
-
-
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yields the results in order; Pillow releases the interpreter lock, so all cores decode."""
-    with quiet_codecs(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        iterator = iter(items)
-        while chunk := list(islice(iterator, CHUNK)):
-            yield from pool.map(function, chunk)

@@ -1,17 +1,15 @@
 """Opening a dataset: list, hash, check and split, with all problems told at once."""
 
 import hashlib
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from regraft.data.dataset import DataOptions, Dataset, Sample, unreadable_problem, unusable
-from regraft.data.decode import Header, UnreadableImage, quiet_codecs, read_content, read_header
+from regraft.data.decode import Header, UnreadableImage, map_in_threads, read_content, read_header
 from regraft.data.listing import Listed, Listing, list_csv, list_folder
 from regraft.data.split import SPLITS, assign_splits, split_problems
 from regraft.errors import UsageError, count, shorten
@@ -128,9 +126,8 @@ class _Reading:
             raw = content if isinstance(content, bytes) else content.tobytes()
             return hashlib.sha256(raw).hexdigest(), header
 
-        with quiet_codecs(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = list(pool.map(read, self.listing.images))
         images, hashes, headers, broken = [], [], [], []
+        results = map_in_threads(read, self.listing.images)
         for image, result in zip(self.listing.images, results, strict=True):
             if isinstance(result, UnreadableImage):
                 broken.append((image.path, result))

@@ -43,9 +43,9 @@ def judge(
         for ours, theirs in zip(transfer, scratch, strict=True)
     ]
     per_seed = [float((ours(ones) - theirs(ones))[0]) for ours, theirs in pairs]
-    chunks = list(bootstrap_weights(known_truth(first), first.groups, RESAMPLES))
-    differences_SR = np.stack(
-        [np.concatenate([ours(w) - theirs(w) for w in chunks]) for ours, theirs in pairs]
+    resamples = bootstrap_weights(known_truth(first), first.groups, RESAMPLES)
+    differences_SR = np.concatenate(
+        [np.stack([ours(w) - theirs(w) for ours, theirs in pairs]) for w in resamples], axis=1
     )
     difference = float(np.mean(per_seed))
     error_of_images = float(np.nanstd(differences_SR.mean(axis=0)))

@@ -12,9 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regraft.data.batches import eval_batches, normalised
-from regraft.data.cache import Cache, map_in_threads
+from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset, Sample, unusable
-from regraft.data.decode import Pixels, UnreadableImage, encode_png, read_content, read_pixels
+from regraft.data.decode import (
+    Pixels,
+    UnreadableImage,
+    encode_png,
+    map_in_threads,
+    read_content,
+    read_pixels,
+)
 from regraft.engine import Engine
 from regraft.errors import DataError, UsageError, count, shorten
 from regraft.evaluation.metrics import evaluate_predictions

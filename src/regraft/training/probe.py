@@ -49,7 +49,8 @@ def solve_head(
     """Returns the logistic regression with the penalty that is best on validation.
 
     Features are standardised by the training images, and the scaling is folded into the weights,
-    so the solution works on plain features. Solved by L-BFGS to convergence (scikit-learn).
+    so the solution works on plain features. Solved by L-BFGS to convergence (scikit-learn), from
+    the strongest penalty on, each from the one before, until validation gets worse.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -58,12 +59,13 @@ def solve_head(
     std = np.where(std > 1e-6, std, 1.0)  # a dead feature stays out of it
     standardised = ((features_ND - mean) / std).astype(np.float64)
     best: tuple[float, Solution] | None = None
+    model = LogisticRegression(
+        max_iter=MOST_ITERATIONS,
+        class_weight="balanced" if balanced else None,
+        warm_start=True,
+    )
     for strength in STRENGTHS:
-        model = LogisticRegression(
-            C=strength,
-            max_iter=MOST_ITERATIONS,
-            class_weight="balanced" if balanced else None,
-        )
+        model.set_params(C=strength)
         with warnings.catch_warnings():
             # Separable classes under a weak penalty converge slowly, and validation rejects them.
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -74,7 +76,8 @@ def solve_head(
         weight = weight / std
         found = Solution(weight, bias - weight @ mean, strength)
         loss = float(log_losses(softmax(found.logits(val_features)), val_labels).mean())
-        if best is None or loss < best[0]:
-            best = (loss, found)
+        if best is not None and loss >= best[0]:
+            break
+        best = (loss, found)
     assert best is not None
     return best[1]
