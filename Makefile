@@ -31,4 +31,4 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/bench.py

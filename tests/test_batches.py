@@ -1,6 +1,7 @@
 """Training batches visit every row once; evaluation batches are plain and in order."""
 
 import inspect
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regraft.data.augment import AUGMENTATIONS, Augmentation
-from regraft.data.batches import eval_batches, num_batches, train_batches
+from regraft.data.batches import ahead, eval_batches, num_batches, train_batches
 from regraft.inputs import InputSpec
 
 CPU = torch.device("cpu")
@@ -137,3 +138,17 @@ def test_8_and_16_bit_of_one_picture_give_nearly_equal_tensors(values: NDArray[n
         for images in (values, wide)
     )
     torch.testing.assert_close(eight, sixteen, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # the name alone decides: no GPU is touched
+def test_batches_made_ahead_are_the_same_in_the_same_order(device: str) -> None:
+    assert list(ahead(iter(range(5)), torch.device(device))) == list(range(5))
+
+
+def test_a_mistake_in_a_batch_made_ahead_is_told() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        list(ahead(broken(), torch.device("cuda")))

@@ -3,6 +3,7 @@
 Under `torchrun` every process runs the same command; the main one (rank 0) writes and tells.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,10 @@ class Engine:
         # A process of several has a GPU of its own; accelerate knows which.
         self.device = self._accelerator.device if chosen.type == "cuda" else chosen
         self.shard = (self._accelerator.process_index, self._accelerator.num_processes)
+        if self.shard[1] > 1 and self.device.type == "cpu":
+            # torchrun leaves each process one thread, however many cores there are.
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", self.shard[1]))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
         self.is_main: bool = self._accelerator.is_main_process
         self.is_first_here: bool = self._accelerator.is_local_main_process
 

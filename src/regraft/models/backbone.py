@@ -173,8 +173,10 @@ def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
             f"timm has no architecture `{arch}`",
             hint=f"perhaps {shorten(close)}" if close else "for your own write `file.py:factory`",
         )
+    # timm would draw 120 million values for VGG's neck, to be dropped below: make it narrow.
+    narrow = {"mlp_ratio": 1 / 512} if arch.startswith("vgg") else {}
     body: nn.Module = timm.create_model(
-        arch, pretrained=False, num_classes=0, in_chans=inputs.channels
+        arch, pretrained=False, num_classes=0, in_chans=inputs.channels, **narrow
     )
     if hasattr(body, "set_input_size"):
         body.set_input_size(img_size=inputs.size)  # type: ignore[operator]

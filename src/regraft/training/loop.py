@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from regraft.data.batches import num_batches
+from regraft.data.batches import ahead, num_batches
 from regraft.engine import Engine
 from regraft.errors import NumericError
 from regraft.evaluation.metrics import log_losses, point
@@ -231,7 +231,7 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
     pace = _Pace(num_steps)
     for _ in range(int(phase.epochs)):
         losses = _Losses(engine, state.epoch + 1)
-        for batch, rows in state.feed.train_batches(state.epoch):
+        for batch, rows in ahead(state.feed.train_batches(state.epoch), engine.device):
             lr = scheduled_lr(phase, pace.step, num_steps)
             set_lr(optimizer, lr)
             with engine.seeded(recipe.seed, state.epoch, pace.step, engine.shard[0]):
