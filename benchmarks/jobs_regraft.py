@@ -64,7 +64,7 @@ def frozen_limit(folder: Path) -> Found:
     classifier = Classifier.load(folder / "start")
     inputs = replace(classifier.inputs, size=(128, 128))
     engine.place(classifier)
-    files = [file for file in list_images([folder / "frozen" / "train"])]
+    files = list_images([folder / "frozen" / "train"])[0]
     began = time.perf_counter()
 
     def read(file: tuple[Path, str]) -> Any:
@@ -194,7 +194,7 @@ def predict(folder: Path) -> Found:
     backbone = Backbone.create("vgg16", InputSpec((224, 224), 3, 8, *HALF))
     classifier = Classifier(backbone, ("a", "b", "c"))
     engine.place(classifier)
-    files = list(list_images([folder / "predict"]))
+    files = list_images([folder / "predict"])[0]
     began = time.perf_counter()
     table, _ = predict_files(classifier, files, engine, quiet)
     assert table is not None

@@ -19,6 +19,7 @@ from regraft import api
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.errors import ArtefactError, DataError, RegraftError, UsageError
 from regraft.models.classifier import Classifier
+from regraft.progress import Note
 from regraft.run import Run
 from regraft.training.loop import Epoch, Step
 from regraft.training.recipe import Recipe
@@ -264,6 +265,33 @@ def test_batches_of_one_image_are_refused_before_anything_is_created(
             recipe=scratch(batch_size=1),
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_more_stages_than_there_are_is_refused(
+    start: Path, make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    recipe = Recipe.transfer("last:9")
+    with pytest.raises(UsageError, match="`last:9`: `resnet10t` has 5 stages"):
+        api.finetune(make_shapes(("x", "y"), 12), out=tmp_path / "run", start=start, recipe=recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_out_or_unfinished_is_told(
+    start: Path, make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    told: list[Any] = []
+    run = tmp_path / "stopped"
+    shutil.copytree(start, run)
+    Run.open(run).set_status("interrupted", best_epoch=1)
+    data = make_shapes(("a", "c"), 3, seed=99)
+    (data / "a" / "scan.dcm").write_bytes(b"DICM")
+    api.evaluate(run, data, on_progress=told.append)
+    api.predict(run, [data], on_progress=told.append)
+    texts = [record.text for record in told if isinstance(record, Note)]
+    assert texts == [
+        f"note: `{run}` is no finished training: interrupted",
+        "1 file left out, no images by name: `a/scan.dcm`",
+    ]
 
 
 def test_a_recipe_for_the_other_goal_is_refused(

@@ -425,6 +425,15 @@ def test_a_linked_class_folder_is_told_and_never_dropped_silently(make_folder: M
     assert problems(root) == ("`c` is a link to a folder: links are not followed",)
 
 
+def test_files_of_other_kinds_are_named_where_a_class_has_no_images(
+    make_folder: MakeFolder,
+) -> None:
+    root = make_folder({"a": 8, "b": 8})
+    (root / "c").mkdir()
+    (root / "c" / "scan.dcm").write_bytes(b"DICM")
+    assert problems(root) == ("1 class folder has no images: `c`; files there end in `.dcm`",)
+
+
 def test_broken_images_may_not_empty_a_class_or_a_split(make_folder: MakeFolder) -> None:
     root = make_folder(
         {"train/a": 6, "train/b": 6, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2}

@@ -14,8 +14,8 @@ from regraft.data.dataset import Dataset
 from regraft.data.listing import list_images
 from regraft.delivery.report import write_report
 from regraft.engine import Engine
-from regraft.errors import DataError, UsageError
-from regraft.evaluation.compare import judge, summarise
+from regraft.errors import DataError, UsageError, count, shorten
+from regraft.evaluation.compare import LEAST_SEEDS, judge, summarise
 from regraft.evaluation.metrics import METRICS, point
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.testing import (
@@ -31,7 +31,7 @@ from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting, quiet
-from regraft.run import Run, refuse_existing, refuse_inside
+from regraft.run import FINISHED, Run, refuse_existing, refuse_inside
 from regraft.storage import write_json
 from regraft.training.loop import Epoch
 from regraft.training.probe import solve_head
@@ -87,7 +87,7 @@ def finetune(
         >>> run = finetune("knees", out="runs/target", start="runs/source")
     """
     recipe = _fitting(recipe or Recipe.transfer(), "transfer")
-    begun = Start.load(Path(start), arch, adapt)
+    begun = _started(start, arch, adapt, on_progress)
     dataset = _opened(data, Path(out))
     begun.refuse_leak(dataset)
     backbone, moves = begun.backbone(begun.inputs(recipe, dataset), recipe.seed)
@@ -127,7 +127,9 @@ def compare(
             hint=f"use at least 1 seed and one of {', '.join(METRICS)}",
         )
     recipe, out = _fitting(recipe or Recipe.transfer(), "transfer"), Path(out)
-    begun = Start.load(Path(start), arch, adapt)
+    if seeds < LEAST_SEEDS:
+        on_progress(Note(f"note: fewer than {LEAST_SEEDS} seeds never give a verdict"))
+    begun = _started(start, arch, adapt, on_progress)
     dataset = _opened(data, out)
     begun.refuse_leak(dataset)
     inputs = begun.inputs(recipe, dataset)
@@ -156,6 +158,7 @@ def evaluate(
         written to the Run, with predictions.csv.
     """
     opened, engine = Run.open(run), engine or Engine()
+    _tell_unfinished(opened, on_progress)
     classifier = Classifier.load(opened.folder, arch=arch)
     if not isinstance(data, Dataset):
         data = Dataset.open(data, whole=True)
@@ -185,7 +188,10 @@ def predict(
     paths = [Path(image) for image in images]
     if missing := [path for path in paths if not path.exists()]:
         raise DataError(f"image or folder not found: `{missing[0]}`", hint="check the path")
-    files = list(list_images(paths))
+    files, left_out = list_images(paths)
+    if left_out:
+        named = shorten(path for path, _ in left_out)
+        on_progress(Note(f"{count(len(left_out), 'file')} left out, no images by name: {named}"))
     if not files:
         raise DataError(f"`{paths[0]}` holds no images", hint="name image files, or their folder")
     classifier, engine = Classifier.load(run, arch=arch), engine or Engine()
@@ -203,6 +209,18 @@ def _opened(data: Data, out: Path) -> Dataset:
     root = data.root if isinstance(data, Dataset) else Path(data)
     refuse_inside(out, root)
     return data if isinstance(data, Dataset) else Dataset.open(root)
+
+
+def _started(start: Place, arch: str | None, adapt: Sequence[str], told: OnProgress) -> Start:
+    begun = Start.load(Path(start), arch, adapt)
+    if begun.run is not None:
+        _tell_unfinished(begun.run, told)
+    return begun
+
+
+def _tell_unfinished(run: Run, told: OnProgress) -> None:
+    if run.status["state"] != FINISHED:
+        told(Note(f"note: `{run.folder}` is no finished training: {run.status['state']}"))
 
 
 def _fitting(recipe: Recipe, goal: str) -> Recipe:

@@ -64,16 +64,18 @@ class DataArguments:
     per_class: Annotated[int | None, Parameter(group=DATA)] = None
     """At most this many training and this many validation images of a class."""
     allow: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
-    """Findings to accept: `unreadable` leaves broken files out, `leak` copies across splits."""
+    """Findings to accept: `unreadable` leaves broken files out, `leak` copies and seen images."""
 
     def options(self) -> "DataOptions":
         from regraft.data.dataset import DataOptions
 
         return DataOptions(**vars(self))
 
-    def open(self, data: Path) -> "Dataset":
+    def open(self, data: Path, told: Callable[[Any], None]) -> "Dataset":
         from regraft.data.dataset import Dataset
+        from regraft.progress import Note
 
+        told(Note(f"data: reading `{data}`"))
         return Dataset.open(data, self.options())
 
 
@@ -142,7 +144,7 @@ def pretrain(
 
     with progress() as told:
         run = api.pretrain(
-            reading.open(data),
+            reading.open(data, told),
             out=out,
             arch=arch,
             recipe=training.settled(Recipe.scratch()),
@@ -176,11 +178,11 @@ def finetune(
     start
         The Run whose backbone is carried over.
     strategy
-        lp-ft (default): the head, then everything gently; head; last:<n>; or full.
+        lp-ft (default): the head, then everything gently; head; last:N (stages); or full.
     arch
         Only to name your own network again (file.py:factory).
     adapt
-        Exceptions from the exact merge: `channels`, or new:<pattern>.
+        Exceptions from the exact merge: `channels`, or new:PATTERN of tensors.
     """
     from regraft import api
 
@@ -188,7 +190,7 @@ def finetune(
     assert start is not None
     with progress() as told:
         run = api.finetune(
-            reading.open(data),
+            reading.open(data, told),
             out=out,
             start=start,
             arch=arch,
@@ -243,7 +245,7 @@ def compare(
 
     with progress() as told:
         comparison = api.compare(
-            reading.open(data),
+            reading.open(data, told),
             out=out,
             start=start,
             seeds=seeds,
@@ -459,6 +461,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _settle_processes(given: list[str]) -> None:
     """Under `torchrun` one process speaks for all (see `Engine`)."""
+    # Idle threads of OpenMP spin. Beside another job on the same 2 cores, without spinning: 3 to 16
+    # times as fast, and no slower alone (docs/log.md 2026-11-24). Read when torch is imported.
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     if given and given[0] in ALONE:
@@ -498,7 +503,8 @@ def _refuse_no_start(start: Path | None, strategy: str) -> None:
 
 
 def _finished(folder: Path, status: dict[str, Any], data: Path) -> None:
-    print(f"run: {folder} (best epoch {status['best_epoch']})")
+    best = status["best_epoch"]
+    print(f"run: {folder} ({f'best epoch {best}' if best else 'the head as solved'})")
     print(f"next: regraft evaluate {folder} {data}")
 
 

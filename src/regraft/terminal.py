@@ -6,11 +6,14 @@ Beside `cli.py` the only file that prints, and the only one that knows rich.
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from regraft.errors import RegraftError, count
+
+SILENCE_S = 30  # without a terminal, long work says so often how far it is; assumed
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
@@ -23,7 +26,8 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     print(
         f"{count(comparison['num_seeds'], 'seed')}, "
         f"{count(comparison['num_images'], 'test image')}; "
-        f"so many show a true difference of {comparison['least_detectable']:.3f} 4 times in 5\n"
+        "with more seeds, so many images show a true difference of "
+        f"{comparison['least_detectable']:.3f} 4 times in 5\n"
     )
     print(f"{'test images':<36}accuracy         balanced accuracy")
     for arm, label in ARMS.items():
@@ -100,7 +104,7 @@ class Teller:
         self.console = console
         self.bars = bars
         self.task: Any = None
-        self.what = ""
+        self.spoke = time.monotonic()
 
     def __call__(self, record: Any) -> None:
         from regraft.progress import Counting, Note, duration
@@ -118,15 +122,19 @@ class Teller:
             what = f"epoch {record.epoch}/{record.num_epochs}"
             self._advance(what, record.step, record.num_steps, told)
         elif isinstance(record, Epoch):
-            self.console.print(
-                f"epoch {record.epoch}/{record.num_epochs}  {record.learns:<6} "
-                f"loss {record.train_loss:.4f}  val loss {record.val_loss:.4f}  "
-                f"val balanced accuracy {record.val_balanced_accuracy:.3f}"
-                f"{'  best' if record.is_best else ''}",
-                markup=False,
-            )
+            number = f"epoch {record.epoch}/{record.num_epochs}  {record.learns:<6}"
+            number = "head, solved" if record.learns == "head" else number
+            losses = f"loss {record.train_loss:.4f}  val loss {record.val_loss:.4f}"
+            accuracy = f"val balanced accuracy {record.val_balanced_accuracy:.3f}"
+            best = "  best" if record.is_best else ""
+            self.console.print(f"{number} {losses}  {accuracy}{best}", markup=False)
 
     def _advance(self, what: str, done: int, total: int, told: str) -> None:
+        if not self.console.is_terminal:
+            if time.monotonic() - self.spoke > SILENCE_S:
+                self.console.print(f"{what}  {told}", markup=False)
+                self.spoke = time.monotonic()
+            return
         if self.task is None:
             self.task = self.bars.add_task(what, total=total, told=told)
         self.bars.update(self.task, description=what, completed=done, total=total, told=told)

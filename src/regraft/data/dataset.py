@@ -139,7 +139,8 @@ class Dataset:
     def summary(self) -> str:
         sizes = Counter(sample.split for sample in self.samples)
         parts = ", ".join(f"{sizes[split]:,} {split}" for split in SPLITS if sizes[split])
-        left_out = f"; {count(len(self.excluded), 'file')} left out" if self.excluded else ""
+        names = shorten(path for path, _ in self.excluded)
+        left_out = f"; {count(len(self.excluded), 'file')} left out: {names}" if names else ""
         grouped = len({sample.group for sample in self.samples if sample.group is not None})
         groups = f" of {count(grouped, 'group')}" if grouped else ""
         return (
@@ -165,6 +166,8 @@ def unusable(root: Path, problems: Sequence[str], hint: str = "") -> RegraftErro
         )
         if sign in told
     ]
+    if "`--group-regex`" in told:
+        ways.append("change `--group-regex`: it is searched in the file name")
     return DataError(
         f"`{root}` cannot be used: {count(len(problems), 'problem')}",
         problems=problems,

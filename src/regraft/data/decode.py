@@ -6,6 +6,7 @@ stays uint8 and 16-bit stays uint16; nothing is ever clipped, zero-filled or rep
 
 import gzip
 import io
+import logging
 import os
 import re
 import warnings
@@ -127,7 +128,11 @@ def quiet_codecs() -> Iterator[None]:
         # Odd EXIF blocks are not used, and `MAX_PIXELS` is below Pillow's own limit.
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        logger = logging.getLogger("PIL")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # it names no file; our error does
         yield
+        logger.setLevel(level)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

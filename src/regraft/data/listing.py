@@ -136,15 +136,18 @@ def list_csv(
     return listing
 
 
-def list_images(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """Yields (root, relative path) of each image file named or below a folder named."""
+def list_images(paths: list[Path]) -> tuple[list[tuple[Path, str]], list[tuple[str, str]]]:
+    """Returns (root, relative path) of each image file named or below a folder named, and what
+    was left out, with the reason.
+    """
+    found: list[tuple[Path, str]] = []
+    listing = Listing()
     for path in paths:
         if path.is_dir():
-            listing = Listing()
-            for found in _walk(path, path, listing):
-                yield path, found
+            found += [(path, name) for name in _walk(path, path, listing)]
         else:
-            yield path.parent, path.name
+            found.append((path.parent, path.name))
+    return found, listing.excluded
 
 
 def _list_classes(root: Path, folders: list[Path], split: str | None, listing: Listing) -> None:
@@ -157,7 +160,9 @@ def _list_classes(root: Path, folders: list[Path], split: str | None, listing: L
             empty.append(class_folder.relative_to(root).as_posix())
     if empty:
         noun = count(len(empty), "class folder has", "class folders have")
-        listing.problems.append(f"{noun} no images: {shorten(empty)}")
+        others = {Path(p).suffix for p, _ in listing.excluded if p.startswith(tuple(empty))} - {""}
+        held = f"; files there end in {shorten(sorted(others))}" if others else ""
+        listing.problems.append(f"{noun} no images: {shorten(empty)}{held}")
 
 
 def _exclude_files(root: Path, folder: Path, listing: Listing) -> None:

@@ -51,6 +51,8 @@ def judge(
     error_of_images = float(np.nanstd(differences_SR.mean(axis=0)))
     half_width = _half_width(per_seed, error_of_images)
     low, high = difference - half_width, difference + half_width
+    if metric != "nll":  # all others lie between 0 and 1
+        low, high = max(low, -1.0), min(high, 1.0)
     better, worse = (HURT, HELPED) if metric in LOWER_IS_BETTER else (HELPED, HURT)
     verdict = better if low > 0 else worse if high < 0 else CANNOT_TELL
     if len(per_seed) < LEAST_SEEDS or half_width == 0:

@@ -113,8 +113,8 @@ def _foreign_images(run: Run, dataset: Dataset, split: str) -> Dataset:
         raise unusable(
             dataset.root,
             problems,
-            hint="give images of the classes it knows, and leave those it has seen out with "
-            "`--allow leak`",
+            hint="give images of the classes it knows (`regraft finetune` teaches it others), and "
+            "leave those it has seen out with `--allow leak`",
         )
     kept = tuple(sample for sample in chosen if sample not in set(trained))
     return replace(dataset, samples=kept, class_names=run.class_names)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
     import timm
 
     if not timm.is_model(arch):
-        close = timm.list_models(f"*{arch}*")[:3] or timm.list_models(f"{arch[:5]}*")[:3]
+        close = get_close_matches(arch, timm.list_models(), n=3)
         raise UsageError(
             f"timm has no architecture `{arch}`",
             hint=f"perhaps {shorten(close)}" if close else "for your own write `file.py:factory`",

@@ -101,7 +101,8 @@ def _refusal(source: Backbone, target: Backbone, problems: list[str]) -> Artefac
         hint = "change the channels with `--adapt channels`, or use images of the same kind"
     else:
         hint = (
-            f"start from a Run of `{target.arch}`, or name the exceptions: `--adapt` {ADAPTATIONS}"
+            f"leave `--arch` out, start from a Run of `{target.arch}`, or name the exceptions: "
+            f"`--adapt` {ADAPTATIONS}"
         )
     shown = problems[:3] + ([f"... and {len(problems) - 3} more"] if len(problems) > 3 else [])
     return ArtefactError(

@@ -69,7 +69,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training images, and how the averaged weights do on validation."""
+    """One pass over the training images, and how the averaged weights do on validation.
+
+    A head that is solved is the epoch before the next one: 0 at the start.
+    """
 
     epoch: int
     num_epochs: int
@@ -135,7 +138,7 @@ class _Fit:
 
     def close_epoch(self, network: Classifier, learns: str, train_loss: float) -> Epoch:
         """Validates, and keeps the weights if no earlier epoch had a lower validation loss."""
-        self.epoch += 1
+        self.epoch += learns != "head"
         rows = self.material.val_rows
         through = _Network(network, self.feed)
         probabilities = softmax(infer(through, self.feed.plain_batches(rows), self.engine))

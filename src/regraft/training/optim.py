@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from regraft.data.batches import num_batches
-from regraft.errors import UsageError
+from regraft.errors import UsageError, count
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.training.recipe import Phase, Recipe
@@ -34,6 +34,21 @@ def refuse_frozen_random(backbone: Backbone, recipe: Recipe) -> None:
             hint="give trained weights with `--start RUN`, or let all of it learn "
             "(`--strategy lp-ft` or `full`; `regraft pretrain`)",
         )
+
+
+def refuse_missing_stages(backbone: Backbone, recipe: Recipe) -> None:
+    """Refuses `last:<n>` of more stages than the backbone has.
+
+    Raises:
+        UsageError: There are fewer.
+    """
+    most = len(backbone.stages)
+    for phase in recipe.phases:
+        if phase.num_last > most:
+            raise UsageError(
+                f"`{phase.learns}`: `{backbone.arch}` has {count(most, 'stage')}",
+                hint=f"use `last:1` to `last:{most - 1}`, or `full`",
+            )
 
 
 def refuse_single_images(backbone: Backbone, recipe: Recipe, num_images: int) -> None:

@@ -75,10 +75,12 @@ class Phase(BaseModel):
 
     def learns_stage(self, stage: int, num_stages: int) -> bool:
         """Whether a stage (0 is the stem) learns in this phase."""
-        if self.learns == "all":
-            return True
-        last = 0 if self.learns == "head" else int(self.learns.removeprefix("last:"))
-        return stage >= num_stages - last
+        return self.learns == "all" or stage >= num_stages - self.num_last
+
+    @property
+    def num_last(self) -> int:
+        """The n of `last:<n>`, else 0."""
+        return int(self.learns[5:]) if self.learns.startswith("last:") else 0
 
     def num_frozen(self, num_stages: int) -> int:
         """Returns how many of the lowest stages are frozen."""
@@ -210,7 +212,8 @@ class Recipe(BaseModel):
 
     @property
     def num_epochs(self) -> int:
-        return sum(phase.epochs for phase in self.phases if phase.epochs != "auto")
+        """Of the phases that iterate; a head is solved."""
+        return sum(p.epochs for p in self.phases if p.epochs != "auto" and p.learns != "head")
 
     def as_scratch(self) -> "Recipe":
         """Returns the control of a comparison, from a resolved transfer recipe.

@@ -28,7 +28,11 @@ from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
 from regraft.training.activations import Material
 from regraft.training.loop import SYNC_STEPS, Diverged, Epoch, Step, fit, to_json
-from regraft.training.optim import refuse_frozen_random, refuse_single_images
+from regraft.training.optim import (
+    refuse_frozen_random,
+    refuse_missing_stages,
+    refuse_single_images,
+)
 from regraft.training.recipe import Recipe
 
 DEFAULT_SIZE = (224, 224)  # Krizhevsky et al. 2012 and most architectures since
@@ -39,8 +43,8 @@ class Stopped(RegraftError):
 
     code = "stopped"
 
-    def __init__(self, run: Run, number: int, best: int) -> None:
-        what = f"epoch {best}, the best so far, is" if best else "what the first epoch learned is"
+    def __init__(self, run: Run, number: int, best: int | None) -> None:
+        what = f"epoch {best}, the best so far, is" if best else "what was learned so far is"
         super().__init__(
             f"stopped by {signal.Signals(number).name}; {what} saved in `{run.folder}`",
             hint=f"it can be used as it is: `regraft evaluate {run.folder} DATA`",
@@ -104,6 +108,12 @@ class Session:
         return eval_batches(images, rows, inputs, batch_size=EVAL_BATCH, device=device, shard=shard)
 
     def resolved(self, recipe: Recipe, backbone: Backbone) -> Recipe:
+        """Returns the recipe with every `auto` settled for this data and backbone.
+
+        Raises:
+            UsageError: A phase names more stages than there are.
+        """
+        refuse_missing_stages(backbone, recipe)
         settled = recipe.changed({"image_size": self.inputs.size, "channels": self.inputs.channels})
         return settled.resolved(
             normalisation=backbone.normalisation,
@@ -134,7 +144,7 @@ class Session:
         own = {"verb": record["verb"], "run": run.record["id"], "data": self.dataset.fingerprint}
         own |= {"train_images": len(self.dataset.rows("train")), "arch": backbone.arch}
         classifier.lineage = (*record.get("lineage", ()), own)
-        best = 0
+        best: int | None = None
         caught: list[int] = []
         try:
             with _signals(caught):
@@ -148,7 +158,7 @@ class Session:
                         break
         except BaseException as error:  # whatever ends it: no Run stays `running`
             if self.engine.is_main:
-                if best and isinstance(error, Diverged):
+                if best is not None and isinstance(error, Diverged):
                     classifier.save(run.final)
                 reason = str(error).split("\n")[0] or repr(error)
                 run.set_status(FAILED, reason=reason, best_epoch=best)
@@ -194,7 +204,7 @@ class Session:
             Note(
                 f"time: about {duration(total)} for {count(epochs, 'epoch')} at "
                 f"{size[0]}x{size[1]} px on {self.engine.device} ({self.engine.precision}, "
-                f"{1 / seconds:.0f} images/s){shorter}"
+                f"{1 / seconds:.3g} images/s){shorter}"
             )
         )
 
