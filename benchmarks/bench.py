@@ -5,8 +5,9 @@
                                                      predict, memory
 
 The images are real X-rays (`REGRAFT_TEST_DATA`, or `../shared/data`), enlarged where that is said.
-Keras and fastai get environments of their own, which this makes. One job after the other, each in
-a process of its own. Prints a table, and writes `benchmarks/results/NAME.json`.
+Keras and fastai get environments of their own, which this makes in the user's cache folder, beside
+the images. One job after the other, each in a process of its own. Prints a table, and writes
+`benchmarks/results/NAME.json`.
 """
 
 import json
@@ -25,7 +26,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 HERE = Path(__file__).parent
-PLACE = HERE / "results" / "work"
+HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft-bench"
+PLACE = HOME / "images"
 XRAYS = Path(os.environ.get("REGRAFT_TEST_DATA") or HERE.parents[1] / "shared" / "data")
 SOURCE = XRAYS / "cxr_kermany_1k"
 PEERS = {"keras": "tensorflow-cpu==2.21.0 pillow scipy", "fastai": "fastai==2.8.12 timm"}
@@ -51,7 +53,7 @@ def job(tool: str, name: str, *arguments: object, place: Path = PLACE) -> Row:
 
 
 def _environment(tool: str) -> Path:
-    python = HERE / "results" / f"environment-{tool}" / "bin" / "python"
+    python = HOME / f"environment-{tool}" / "bin" / "python"
     ready = python.parents[1] / "ready"
     if not ready.exists():
         print(f"  setting up {tool} ...", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ ROWS = [
     {"api"},
     {"demo"},
     {"terminal"},
+    {"arguments"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -25,7 +26,7 @@ DOORS = {
     "timm": {"models/backbone.py"},
     "accelerate": {"engine.py"},
     "PIL": {"data/decode.py"},
-    "cyclopts": {"cli.py"},
+    "cyclopts": {"cli.py", "arguments.py"},
     "rich": {"terminal.py"},
     "jinja2": {"delivery/report.py"},
     "matplotlib": {"delivery/figures.py"},
@@ -33,7 +34,7 @@ DOORS = {
 LAZY = {"timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich"}
 WITHOUT_TORCH = {
     "errors.py", "storage.py", "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
-    "training/recipe.py", "data/dataset.py",
+    "arguments.py", "training/recipe.py", "data/dataset.py",
 }  # fmt: skip
 
 

@@ -8,11 +8,10 @@ B batch, C channels, H height, W width, D features, K classes.
 """
 
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import inf, isfinite, isnan, nan
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from regraft.data.batches import ahead, num_batches
 from regraft.engine import Engine
-from regraft.errors import NumericError
 from regraft.evaluation.metrics import log_losses, point
 from regraft.evaluation.predictions import Predictions, infer, softmax
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training.activations import Feed, Live, Material, choose_feed
+from regraft.training.losses import Losses, StallDetector, diverged, label_entropy
 from regraft.training.optim import (
     Average,
     freeze,
@@ -42,15 +41,6 @@ from regraft.training.optim import (
 )
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Phase, Recipe
-
-# A loss under 98 % of the entropy has left it: measured on plain VGG16, docs/log.md 2026-11-23.
-LEFT_ENTROPY = 0.98
-STALL_STEPS = 100  # measured likewise: He-initialised VGG16 leaves it within 80 steps
-SYNC_STEPS = 10  # the device is asked for its losses this often; assumed
-
-
-class Diverged(NumericError):
-    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +137,7 @@ class _Fit:
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         val_loss = float(log_losses(probabilities, truth).mean())
         if not isfinite(val_loss):
-            raise _diverged("validation loss", val_loss, self.epoch, 0.0)
+            raise diverged("validation loss", val_loss, self.epoch, 0.0)
         is_best = val_loss < self.best_loss
         if is_best:
             self.best_loss = val_loss
@@ -230,10 +220,12 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
     steps_an_epoch = num_batches(len(state.material.train_rows), int(recipe.batch_size))
     num_steps = steps_an_epoch * int(phase.epochs)
     patience = recipe.stall_share * num_steps if recipe.stall_share < 1 else inf
-    stall = _StallDetector(label_entropy(state), patience)
+    labels_N = state.material.labels[state.material.train_rows]
+    entropy = label_entropy(labels_N, state.class_weights, recipe.label_smoothing)
+    stall = StallDetector(entropy, patience)
     pace = _Pace(num_steps)
     for _ in range(int(phase.epochs)):
-        losses = _Losses(engine, state.epoch + 1)
+        losses = Losses(engine, state.epoch + 1)
         for batch, rows in ahead(state.feed.train_batches(state.epoch), engine.device):
             lr = scheduled_lr(phase, pace.step, num_steps)
             set_lr(optimizer, lr)
@@ -282,40 +274,6 @@ class _Network(_Features):
         return logits_BK
 
 
-class _Losses:
-    """The losses of an epoch, fetched from the device every few steps only."""
-
-    def __init__(self, engine: Engine, epoch: int) -> None:
-        self.engine = engine
-        self.epoch = epoch
-        self.waiting: list[Tensor] = []
-        self.numbers: list[int] = []
-        self.total = 0.0
-        self.latest = nan
-
-    def add(self, loss: Tensor, number: int, lr: float) -> None:
-        self.waiting.append(loss.detach())
-        self.numbers.append(number)
-        if len(self.waiting) == SYNC_STEPS or isnan(self.latest):
-            self._fetch(lr)
-
-    def mean(self, lr: float) -> float:
-        """Returns the mean over all images of the epoch."""
-        self._fetch(lr)
-        return self.total / sum(self.numbers)
-
-    def _fetch(self, lr: float) -> None:
-        if not self.waiting:
-            return
-        values = self.engine.mean(torch.stack(self.waiting)).tolist()
-        if broken := [value for value in values if not isfinite(value)]:
-            raise _diverged("training loss", broken[0], self.epoch, lr)
-        numbers = self.numbers[-len(values) :]
-        self.total += sum(v * n for v, n in zip(values, numbers, strict=True))
-        self.latest = values[-1]
-        self.waiting.clear()
-
-
 class _Pace:
     """Counts steps and images, and foretells the rest."""
 
@@ -332,50 +290,6 @@ class _Pace:
             state.epoch + 1, state.recipe.num_epochs, self.step, self.num_steps, loss, lr,
             self.images / elapsed_s, left_s,
         )  # fmt: skip
-
-
-def label_entropy(state: _Fit) -> float:
-    """Returns the loss of the best constant prediction: the entropy of the (weighted) labels.
-
-    ln K where K classes are balanced.
-    """
-    labels = state.material.labels[state.material.train_rows]
-    counts = Counter(labels.tolist())
-    weights = state.class_weights
-    mass = np.array([counts[c] * (1.0 if weights is None else float(weights[c])) for c in counts])
-    share = mass / mass.sum()
-    smoothing = state.recipe.label_smoothing
-    share = (1 - smoothing) * share + smoothing / len(share)
-    return float(-(share * np.log(share)).sum())
-
-
-@dataclass
-class _StallDetector:
-    entropy: float
-    patience: float
-    left_at: int = 0
-
-    def check(self, train_loss: float, step: int) -> None:
-        """Raises NumericError where the training does not, or no longer, tell images apart."""
-        if train_loss < LEFT_ENTROPY * self.entropy:
-            self.left_at = step
-        if step - self.left_at < max(STALL_STEPS, self.patience):
-            return
-        raise NumericError(
-            f"training is stuck: after {step} steps the loss is {train_loss:.4f}, and always "
-            f"answering with the class frequencies gives {self.entropy:.4f}; the network does not "
-            "look at its images",
-            hint="use an architecture with BatchNorm (`--arch vgg16_bn`), the default optimiser "
-            "(`--set optimizer=sgd`) or a smaller `--lr`; if classes are very uneven, "
-            "`--set class_weights=balanced`",
-        )
-
-
-def _diverged(what: str, value: float, epoch: int, lr: float) -> Diverged:
-    return Diverged(
-        f"the {what} is {value} in epoch {epoch} at learning rate {lr:.3g}",
-        hint="use a smaller `--lr`; the best epoch before that, if there is one, is in the run",
-    )
 
 
 def to_json(record: Epoch) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,92 @@
+"""Arguments that several commands share: how data is read, and what a training takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+if TYPE_CHECKING:
+    from regraft.data.dataset import DataOptions, Dataset
+    from regraft.engine import Engine
+    from regraft.training.recipe import Recipe
+
+DATA = Group("Data", sort_key=1)
+TRAINING = Group("Training", sort_key=2)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DataArguments:
+    """The same wherever DATA stands."""
+
+    csv: Annotated[Path | None, Parameter(group=DATA)] = None
+    """A CSV that names images (relative to DATA) and labels, instead of class folders."""
+    image_column: Annotated[str, Parameter(group=DATA)] = "image"
+    """Column of image paths."""
+    label_column: Annotated[str, Parameter(group=DATA)] = "label"
+    """Column of class names."""
+    group_column: Annotated[str | None, Parameter(group=DATA)] = None
+    """Column of groups (patients); a group is never divided between splits."""
+    split_column: Annotated[str | None, Parameter(group=DATA)] = None
+    """Column of splits: train, val, test."""
+    group_regex: Annotated[str | None, Parameter(group=DATA)] = None
+    """Groups from file names: the first parenthesis, as in `^([^_]+)_`."""
+    relabel: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
+    """New classes from old ones: even=0,2,4,6,8 (once for each class)."""
+    per_class: Annotated[int | None, Parameter(group=DATA)] = None
+    """At most this many training and this many validation images of a class."""
+    allow: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
+    """Findings to accept: `unreadable` leaves broken files out, `leak` copies and seen images."""
+
+    def options(self) -> "DataOptions":
+        from regraft.data.dataset import DataOptions
+
+        return DataOptions(**vars(self))
+
+    def open(self, data: Path, told: Callable[[Any], None]) -> "Dataset":
+        from regraft.data.dataset import Dataset
+        from regraft.progress import Note
+
+        told(Note(f"data: reading `{data}`"))
+        return Dataset.open(data, self.options())
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TrainingArguments:
+    """What a training takes; every other choice is a key of the recipe."""
+
+    recipe: Annotated[Path | None, Parameter(group=TRAINING)] = None
+    """A recipe file (see `regraft recipe`)."""
+    set: Annotated[tuple[str, ...], Parameter(group=TRAINING, negative="", show_default=False)] = ()
+    """A recipe key, as key=value; may be repeated."""
+    epochs: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Passes over the training images."""
+    lr: Annotated[float | None, Parameter(group=TRAINING)] = None
+    """Peak learning rate."""
+    batch_size: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Images in one step."""
+    image_size: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Side of the square input in pixels."""
+    augment: Annotated[str | None, Parameter(group=TRAINING)] = None
+    """none, gentle or natural."""
+    seed: Annotated[int | None, Parameter(group=TRAINING)] = None
+    """Of weights, order and augmentation."""
+    device: Annotated[str, Parameter(group=TRAINING)] = "auto"
+    """auto, cpu, cuda, cuda:0 or mps."""
+
+    def settled(self, default: "Recipe") -> "Recipe":
+        from regraft.training.recipe import Recipe, parse_assignments
+
+        chosen = default if self.recipe is None else Recipe.from_toml(self.recipe)
+        own = {name: getattr(self, name) for name in ("epochs", "lr", "batch_size", "seed")}
+        own |= {"image_size": self.image_size, "augment": self.augment}
+        changes = {key: value for key, value in own.items() if value is not None}
+        return chosen.changed(parse_assignments(self.set) | changes)
+
+    def engine(self) -> "Engine":
+        from regraft.engine import Engine
+
+        return Engine(self.device)
