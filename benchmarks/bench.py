@@ -82,7 +82,7 @@ def last() -> list[Row]:
 
 
 def scratch() -> list[Row]:
-    _write_images("scratch", 64, (224, 224), "PNG", SOURCE, {})
+    _write_images("scratch", 96, (224, 224), "PNG", SOURCE, {})
     rows: list[Row] = []
     for arch in ("vgg16", "resnet50"):
         ours = job("regraft", f"scratch-{arch}")
@@ -103,7 +103,7 @@ def warm() -> list[Row]:
 
 
 def predict() -> list[Row]:
-    _write_images("predict", 128, (224, 224), "PNG", SOURCE, {})
+    _write_images("predict", 192, (224, 224), "PNG", SOURCE, {})
     rows = [job("regraft", "predict"), job("torch", "predict"), job("keras", "predict")]
     return _ratios(rows, rows[0])
 

@@ -195,6 +195,7 @@ def predict(folder: Path) -> Found:
     classifier = Classifier(backbone, ("a", "b", "c"))
     engine.place(classifier)
     files = list_images([folder / "predict"])[0]
+    predict_files(classifier, files[:1], engine, quiet)  # as Keras' graph is traced before
     began = time.perf_counter()
     table, _ = predict_files(classifier, files, engine, quiet)
     assert table is not None

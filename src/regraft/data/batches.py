@@ -21,6 +21,7 @@ Images = NDArray[Any]  # uint8 or uint16, (image, height, width, channel)
 Rows = NDArray[np.int64]
 Shard = tuple[int, int]  # of a process: rank, number of processes
 ONLY: Shard = (0, 1)
+PIECE = 8  # images augmented at once: what they need stays in the processor's cache (measured)
 Item = TypeVar("Item")
 
 
@@ -45,8 +46,7 @@ def train_batches(
     view = epoch if views is None else epoch % views
     for chosen in shuffled_batches(rows, batch_size=batch_size, seed=seed, epoch=epoch):
         own = chosen[shard[0] :: shard[1]]
-        plain = normalised(images, own, inputs, device)
-        yield augment(plain, own, how, seed=seed, epoch=view), chosen
+        yield _augmented(images, own, inputs, how, seed=seed, view=view, device=device), chosen
 
 
 def view_batches(
@@ -64,7 +64,7 @@ def view_batches(
     """Yields one augmented view of training images in their order, as `train_batches` makes it."""
     for start in range(shard[0] * batch_size, len(rows), shard[1] * batch_size):
         own = rows[start : start + batch_size]
-        yield augment(normalised(images, own, inputs, device), own, how, seed=seed, epoch=view)
+        yield _augmented(images, own, inputs, how, seed=seed, view=view, device=device)
 
 
 def shuffled_batches(rows: Rows, *, batch_size: int, seed: int, epoch: int) -> list[Rows]:
@@ -97,6 +97,27 @@ def eval_batches(
 
 def num_batches(num_images: int, batch_size: int) -> int:
     return max(1, ceil(num_images / batch_size))
+
+
+def _augmented(
+    images: Images,
+    rows: Rows,
+    inputs: InputSpec,
+    how: Augmentation,
+    *,
+    seed: int,
+    view: int,
+    device: torch.device,
+) -> Tensor:
+    """Returns augmented images_BCHW, channels last."""
+    shape = (len(rows), inputs.channels, *images.shape[1:3])
+    batch = torch.empty(shape, device=device, memory_format=torch.channels_last)
+    piece = PIECE if device.type == "cpu" else len(rows)
+    for start in range(0, len(rows), piece):
+        own = rows[start : start + piece]
+        plain = normalised(images, own, inputs, device)
+        batch[start : start + piece] = augment(plain, own, how, seed=seed, epoch=view)
+    return batch
 
 
 def ahead(batches: Iterator[Item], device: torch.device) -> Iterator[Item]:

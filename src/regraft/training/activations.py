@@ -191,14 +191,20 @@ def choose_feed(
     Returns:
         The feed; and why a frozen part has to be run at each step, if it has.
     """
-    num_frozen = phase.num_frozen(len(backbone.stages))
+    phases, num_stages = live.recipe.phases, len(backbone.stages)
+    num_frozen = phase.num_frozen(num_stages)
     if not num_frozen or live.material.key is None:
         return live, ""
-    cut = backbone.cut(num_frozen)
+    # Where some stages stay frozen in every phase, their activations serve them all.
+    always = min(each.num_frozen(num_stages) for each in phases)
+    cut = backbone.cut(always) if always else None
+    served = phases if cut else (phase,)
+    cut = cut or backbone.cut(num_frozen)
     if cut is None:
         return live, f"`{backbone.arch}` is no chain of modules below what learns"
     # A head alone is solved on plain images; its activations serve every seed.
-    views = 0 if phase.learns == "head" else live.views or 1
+    trains = any(each.learns != "head" for each in served)
+    views = live.views or 1 if trains else 0
     folder = cache_home() / "activations" / _key(live, backbone, cut, views)
     if live.engine.any(not (folder / "activations.json").is_file()):
         obstacle = yield from _fill(folder, live, backbone, cut, views)
