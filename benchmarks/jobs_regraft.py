@@ -73,7 +73,7 @@ def frozen_limit(folder: Path) -> Found:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = np.stack(list(pool.map(read, files)))
     batches = [
-        normalised(images, np.arange(start, min(start + 64, len(images))), inputs, engine.device)
+        normalised(images[start : start + 64], inputs, engine.device)
         for start in range(0, len(images), 64)
     ]
     infer(classifier.backbone, batches, engine)
@@ -216,7 +216,7 @@ def memory(folder: Path) -> Found:
 
     threading.Thread(target=watch, daemon=True).start()
     run = Path(os.environ["REGRAFT_CACHE"]) / "run"
-    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 1})
+    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 1, "stall_share": 1.0})
     (folder / "net.py").write_text(
         "from torch import nn\n\ndef net(channels):\n"
         "    return nn.Sequential(nn.Conv2d(channels, 8, 3, 4), nn.ReLU())\n"

@@ -167,7 +167,7 @@ def test_the_best_epoch_by_validation_loss_is_kept(bars: tuple[Material, InputSp
         if isinstance(record, Epoch):
             assert record.is_best == (record.val_loss < best)
             best = min(best, record.val_loss)
-    kept = infer(classifier, [normalised(found.images, found.val_rows, inputs, CPU)], ENGINE)
+    kept = infer(classifier, [normalised(found.images[found.val_rows], inputs, CPU)], ENGINE)
     losses = log_losses(softmax(kept), found.labels[found.val_rows])
     assert float(losses.mean()) == pytest.approx(best, rel=1e-4)
 

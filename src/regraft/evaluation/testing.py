@@ -241,7 +241,7 @@ def _infer_all(
 
 
 def _stacked(waiting: Sequence[Pixels], inputs: InputSpec, engine: Engine) -> Tensor:
-    return normalised(np.stack(waiting), np.arange(len(waiting)), inputs, engine.device)
+    return normalised(np.stack(waiting), inputs, engine.device)
 
 
 def _mistake(predictions: Predictions, position: int) -> dict[str, Any]:

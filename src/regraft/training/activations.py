@@ -127,7 +127,7 @@ class Live:
     def example(self) -> Tensor:
         """Returns one plain image."""
         rows = self.material.train_rows[:1]
-        return normalised(self.material.images, rows, self.inputs, self.engine.device)
+        return normalised(self.material.images[rows], self.inputs, self.engine.device)
 
     def features(self, backbone: Backbone, batch: Tensor) -> Tensor:
         return backbone(batch)  # type: ignore[no-any-return]
