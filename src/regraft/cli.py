@@ -63,12 +63,13 @@ def pretrain(
     from regraft import api
     from regraft.training.recipe import Recipe
 
+    chosen = training.settled(Recipe.scratch())  # a mistake there is told before data is read
     with progress() as told:
         run = api.pretrain(
             reading.open(data, told),
             out=out,
             arch=arch,
-            recipe=training.settled(Recipe.scratch()),
+            recipe=chosen,
             engine=training.engine(),
             on_progress=told,
         )
@@ -109,13 +110,14 @@ def finetune(
 
     _refuse_no_start(start, strategy or "lp-ft")
     assert start is not None
+    chosen = _transfer_recipe(strategy, training)
     with progress() as told:
         run = api.finetune(
             reading.open(data, told),
             out=out,
             start=start,
             arch=arch,
-            recipe=_transfer_recipe(strategy, training),
+            recipe=chosen,
             adapt=adapt,
             engine=training.engine(),
             on_progress=told,
@@ -164,6 +166,7 @@ def compare(
     """
     from regraft import api
 
+    chosen = _transfer_recipe(strategy, training)
     with progress() as told:
         comparison = api.compare(
             reading.open(data, told),
@@ -172,7 +175,7 @@ def compare(
             seeds=seeds,
             metric=metric,
             arch=arch,
-            recipe=_transfer_recipe(strategy, training),
+            recipe=chosen,
             adapt=adapt,
             engine=training.engine(),
             on_progress=told,
