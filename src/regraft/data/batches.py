@@ -47,26 +47,8 @@ def train_batches(
     """
     view = epoch if views is None else epoch % views
     for chosen in shuffled_batches(rows, batch_size=batch_size, seed=seed, epoch=epoch):
-        own = chosen[shard[0] :: shard[1]]
-        yield _augmented(images, own, inputs, how, seed=seed, view=view, device=device), chosen
-
-
-def view_batches(
-    images: Images,
-    rows: Rows,
-    inputs: InputSpec,
-    how: Augmentation,
-    *,
-    batch_size: int,
-    seed: int,
-    view: int,
-    device: torch.device,
-    shard: Shard = ONLY,
-) -> Iterator[Tensor]:
-    """Yields one augmented view of training images in their order, as `train_batches` makes it."""
-    for start in range(shard[0] * batch_size, len(rows), shard[1] * batch_size):
-        own = rows[start : start + batch_size]
-        yield _augmented(images, own, inputs, how, seed=seed, view=view, device=device)
+        own = part_of(chosen, shard)
+        yield augmented(images, own, inputs, how, seed=seed, view=view, device=device), chosen
 
 
 def shuffled_batches(rows: Rows, *, batch_size: int, seed: int, epoch: int) -> list[Rows]:
@@ -89,19 +71,27 @@ def eval_batches(
     device: torch.device,
     shard: Shard = ONLY,
 ) -> Iterator[Tensor]:
-    """Yields images_BCHW of the rows in their order, exactly as they are.
+    """Yields images_BCHW of the rows in their order, exactly as they are; see `plain_order`."""
+    for own in plain_order(rows, batch_size, shard):
+        yield normalised(images[own], inputs, device)
 
-    Among several processes each yields every so manieth batch: its shard.
-    """
+
+def plain_order(rows: Rows, batch_size: int, shard: Shard = ONLY) -> Iterator[Rows]:
+    """Yields the rows in batches, in their order; each process every so manieth batch."""
     for start in range(shard[0] * batch_size, len(rows), shard[1] * batch_size):
-        yield normalised(images[rows[start : start + batch_size]], inputs, device)
+        yield rows[start : start + batch_size]
+
+
+def part_of(batch: Tensor | Rows, shard: Shard) -> Any:
+    """Returns this process's part of a training batch."""
+    return batch[shard[0] :: shard[1]]
 
 
 def num_batches(num_images: int, batch_size: int) -> int:
     return max(1, ceil(num_images / batch_size))
 
 
-def _augmented(
+def augmented(
     images: Images,
     rows: Rows,
     inputs: InputSpec,
@@ -111,7 +101,7 @@ def _augmented(
     view: int,
     device: torch.device,
 ) -> Tensor:
-    """Returns augmented images_BCHW."""
+    """Returns one augmented view of these rows, images_BCHW."""
     height, width = images.shape[1:3]
     piece = max(1, PIECE_PX // (height * width)) if device.type == "cpu" else len(rows)
     chosen = images[rows]
@@ -142,7 +132,7 @@ def normalised(images: Images, inputs: InputSpec, device: torch.device) -> Tenso
     number, height, width, channels = images.shape
     # uint16 has few torch operations; float32 holds each of its values exactly.
     values = images.astype(np.float32) if images.dtype == np.uint16 else images
-    mean, std = (torch.tensor(values, dtype=torch.float32) for values in (inputs.mean, inputs.std))
+    mean, std = (torch.tensor(each, dtype=torch.float32) for each in (inputs.mean, inputs.std))
     scale, offset = 1 / (std * float(np.iinfo(images.dtype).max)), -mean / std
     # A whole row of pixels at a time: measured 6x faster than three channels at a time.
     pixels = torch.from_numpy(values).view(number, height, -1)

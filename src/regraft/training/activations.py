@@ -25,11 +25,13 @@ from regraft.data.augment import AUGMENTATIONS
 from regraft.data.batches import (
     Images,
     Rows,
+    augmented,
     eval_batches,
     normalised,
+    part_of,
+    plain_order,
     shuffled_batches,
     train_batches,
-    view_batches,
 )
 from regraft.engine import Engine
 from regraft.evaluation.predictions import EVAL_BATCH, evaluating
@@ -112,17 +114,16 @@ class Live:
 
     def view_batches(self, view: int) -> Iterator[Tensor]:
         """Yields one augmented view of the training images, in their order."""
-        return view_batches(
-            self.material.images,
-            self.material.train_rows,
-            self.inputs,
-            AUGMENTATIONS[self.recipe.augment],
-            batch_size=EVAL_BATCH,
-            seed=self.recipe.seed,
-            view=view,
-            device=self.engine.device,
-            shard=self.engine.shard,
-        )
+        for own in plain_order(self.material.train_rows, EVAL_BATCH, self.engine.shard):
+            yield augmented(
+                self.material.images,
+                own,
+                self.inputs,
+                AUGMENTATIONS[self.recipe.augment],
+                seed=self.recipe.seed,
+                view=view,
+                device=self.engine.device,
+            )
 
     def example(self) -> Tensor:
         """Returns one plain image."""
@@ -150,21 +151,19 @@ class Stored:
 
     def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
         recipe, material = self.live.recipe, self.live.material
-        rank, number = self.live.engine.shard
         plain = len(material.train_rows) + len(material.val_rows)
         view = epoch % (self.live.views or 1)
         places = plain + view * len(material.train_rows) + _places(material.train_rows)
         for rows in shuffled_batches(
             material.train_rows, batch_size=int(recipe.batch_size), seed=recipe.seed, epoch=epoch
         ):
-            yield self._tensor(places[rows[rank::number]]), rows
+            yield self._tensor(places[part_of(rows, self.live.engine.shard)]), rows
 
     def plain_batches(self, rows: Rows) -> Iterator[Tensor]:
-        rank, number = self.live.engine.shard
         material = self.live.material
-        own = _places(np.concatenate([material.train_rows, material.val_rows]))[rows]
-        for start in range(rank * EVAL_BATCH, len(rows), number * EVAL_BATCH):
-            yield self._tensor(own[start : start + EVAL_BATCH])
+        places = _places(np.concatenate([material.train_rows, material.val_rows]))
+        for own in plain_order(rows, EVAL_BATCH, self.live.engine.shard):
+            yield self._tensor(places[own])
 
     def features(self, backbone: Backbone, batch: Tensor) -> Tensor:
         return backbone.above(self.cut, batch)
@@ -289,7 +288,7 @@ def _key(live: Live, backbone: Backbone, cut: Cut, views: int) -> str:
     weights = hashlib.sha256()
     above = tuple(f"body.{name}." for name in cut.above)
     for name, tensor in backbone.state_dict().items():
-        if not name.startswith(above or "-"):
+        if not name.startswith(above):
             weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     material, recipe = live.material, live.recipe
     rows = [

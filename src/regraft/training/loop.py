@@ -9,7 +9,7 @@ B batch, C channels, H height, W width, D features, K classes.
 
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, isfinite
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from regraft.data.batches import ahead, num_batches
+from regraft.data.batches import ahead, num_batches, part_of
 from regraft.engine import Engine
 from regraft.evaluation.metrics import log_losses, point
 from regraft.evaluation.predictions import Predictions, infer, softmax
@@ -90,27 +90,23 @@ class _Fit:
     latest: nn.Module | None = None
     feed: Feed = field(init=False)
 
-    @property
-    def live(self) -> Live:
-        return Live(self.material, self.classifier.inputs, self.recipe, self.engine)
-
     def loss(self, logits_BK: Tensor, rows: NDArray[np.int64]) -> Tensor:
         """Returns the mean loss of the whole batch `rows`, of which this process has a part.
 
         Weighted as if one process had it all: the mean over processes is the batch's loss.
         """
-        rank, number = self.engine.shard
+        shard = self.engine.shard
         labels = torch.from_numpy(self.material.labels[rows]).to(self.engine.device)
         weights = self.class_weights
         summed = functional.cross_entropy(
             logits_BK,
-            labels[rank::number],
+            part_of(labels, shard),
             weights,
             reduction="sum",
             label_smoothing=self.recipe.label_smoothing,
         )
         mass = len(rows) if weights is None else weights[labels].sum()
-        mean: Tensor = summed * number / mass
+        mean: Tensor = summed * shard[1] / mass
         return mean
 
     @cached_property
@@ -178,7 +174,7 @@ def fit(
     try:
         for phase in recipe.phases:
             freeze(classifier, phase)
-            live = replace(state.live, views=recipe.views_of(phase))
+            live = Live(material, classifier.inputs, recipe, engine, recipe.views_of(phase))
             state.feed, obstacle = yield from choose_feed(live, classifier.backbone, phase)
             if obstacle:
                 yield Note(f"the frozen part runs again at every step: {obstacle}")
