@@ -78,7 +78,7 @@ class Engine:
         """Returns the mean over the processes."""
         return self._accelerator.reduce(values, "mean")  # type: ignore[no-any-return]
 
-    def shared(self, network: nn.Module) -> None:
+    def broadcast(self, network: nn.Module) -> None:
         """Gives every process the main one's tensors (BatchNorm statistics differ by shard)."""
         if self.shard[1] > 1:
             for tensor in network.state_dict().values():
@@ -138,6 +138,18 @@ class Engine:
             loss.item()  # waits for the device
             elapsed = time.monotonic() - start
         return elapsed / number
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Puts a network into evaluation mode, and each of its modules back as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _device(name: str) -> torch.device:

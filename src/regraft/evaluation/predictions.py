@@ -5,8 +5,7 @@ N images, K classes.
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regraft.engine import Engine
+from regraft.engine import Engine, evaluating
 
 EVAL_BATCH = 64  # fixed, so that the same images give the same bits whatever the recipe's batch
 
@@ -64,21 +63,10 @@ def infer(
         engine: Where and how to compute.
     """
     outputs = []
-    with evaluating(network), engine.autocast():
+    with evaluating(network), torch.inference_mode(), engine.autocast():
         for batch in batches:
             outputs.append(network(batch).float().cpu().numpy())
     return np.concatenate(engine.gathered(outputs))
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Puts a network into evaluation mode, without gradients, and back as it was."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    with torch.inference_mode():
-        yield
-    for module, training in modes:
-        module.training = training
 
 
 def softmax(logits_NK: NDArray[np.float32]) -> NDArray[np.float64]:

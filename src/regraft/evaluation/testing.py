@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,13 +23,12 @@ from regraft.data.decode import (
     read_content,
     read_pixels,
 )
-from regraft.engine import Engine
+from regraft.engine import Engine, evaluating
 from regraft.errors import DataError, UsageError, count, shorten
 from regraft.evaluation.metrics import evaluate_predictions
 from regraft.evaluation.predictions import (
     EVAL_BATCH,
     Predictions,
-    evaluating,
     infer,
     softmax,
     to_csv,
@@ -235,7 +235,7 @@ def predict_files(
 def _infer_all(
     classifier: Classifier, batches: Iterator[Tensor], engine: Engine
 ) -> Iterator[NDArray[np.float32]]:
-    with evaluating(classifier), engine.autocast():
+    with evaluating(classifier), torch.inference_mode(), engine.autocast():
         for images_BCHW in batches:
             yield classifier(images_BCHW).float().cpu().numpy()
 

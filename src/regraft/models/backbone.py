@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.engine import evaluating
 from regraft.errors import ArtefactError, RegraftError, UsageError, shorten
 from regraft.inputs import InputSpec
-from regraft.models.stages import Cut, find_cut, run_above, run_below, stages
+from regraft.models.stages import Cut, called, find_cut, run_above, run_below, stages
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -82,15 +83,11 @@ class Backbone(nn.Module):
             return Cut("", ())
         height, width = self.inputs.size
         example = next(self.parameters())
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
         generator = torch.Generator().manual_seed(0)
         shape = (2, self.inputs.channels, height, width)
         images_BCHW = torch.randn(shape, generator=generator).to(example)
-        found = find_cut(self.body, self._maps, self._ends[num_frozen - 1], images_BCHW)
-        for module, training in modes:
-            module.training = training
-        return found
+        with evaluating(self):
+            return find_cut(self.body, self._maps, self._ends[num_frozen - 1], images_BCHW)
 
     def below(self, cut: Cut, images_BCHW: Tensor) -> Tensor:
         """Returns the activations at the cut; features_BD where nothing lies above it."""
@@ -155,11 +152,8 @@ class Backbone(nn.Module):
 
     def _measured_width(self) -> int:
         height, width = self.inputs.size
-        was_training = self.training
-        self.eval()
-        with torch.no_grad():
+        with evaluating(self), torch.no_grad():
             features = self(torch.zeros(2, self.inputs.channels, height, width))
-        self.train(was_training)
         if not isinstance(features, Tensor) or features.ndim != 2 or 0 in features.shape:
             raise ValueError(f"gives {getattr(features, 'shape', type(features))}, not features")
         return int(features.shape[1])
@@ -187,20 +181,12 @@ def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
 
 def _drop_unused(body: nn.Module, inputs: InputSpec) -> None:
     """Replaces the children that `forward_features` never calls: they belong to the classifier."""
-    called: set[str] = set()
-    hooks = [
-        child.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, module in body.named_children()
-        for child in module.modules()
-    ]
-    body.eval()
-    with torch.no_grad():
-        body.forward_features(torch.zeros(1, inputs.channels, *inputs.size))  # type: ignore[operator]
-    body.train()
-    for hook in hooks:
-        hook.remove()
+    parts = [(name, inner) for name, module in body.named_children() for inner in module.modules()]
+    forward: Callable[[Tensor], Tensor] = body.forward_features  # type: ignore[assignment]
+    with evaluating(body):
+        used = called(parts, forward, torch.zeros(1, inputs.channels, *inputs.size))
     for name, module in list(body.named_children()):
-        if name not in called and any(True for _ in module.parameters()):
+        if name not in used and any(True for _ in module.parameters()):
             setattr(body, name, nn.Identity())
 
 

@@ -3,7 +3,7 @@
 B batch, C channels, H height, W width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ def find_cut(body: nn.Module, forward: Forward, end: str, images_BCHW: Tensor) -
     Modules without tensors that follow (a max-pooling) are counted below it: less to store. That
     the parts give the whole again, bit for bit, is tried on `images_BCHW`.
     """
-    links = list(_chain(body, forward, end, images_BCHW))
+    links = _chain(body, forward, end, images_BCHW)
     if end not in links:
         return None
     place = links.index(end) + 1
@@ -101,8 +101,25 @@ class _Reached(Exception):
         self.activations = activations
 
 
-def _chain(body: nn.Module, forward: Forward, end: str, images_BCHW: Tensor) -> Iterator[str]:
-    """Yields the modules that are called, in their order, opened up where `end` lies inside."""
+def called(
+    modules: Iterable[tuple[str, nn.Module]], forward: Forward, images_BCHW: Tensor
+) -> list[str]:
+    """Returns the names of these modules that a forward pass calls, in the order of the calls."""
+    names: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: names.append(name)
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in modules]
+    with torch.no_grad():
+        forward(images_BCHW)
+    for hook in hooks:
+        hook.remove()
+    return names
+
+
+def _chain(body: nn.Module, forward: Forward, end: str, images_BCHW: Tensor) -> list[str]:
+    """Returns the modules that are called, in their order, opened up where `end` lies inside."""
 
     def links(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if end.startswith(f"{name}.") or not name:
@@ -111,14 +128,4 @@ def _chain(body: nn.Module, forward: Forward, end: str, images_BCHW: Tensor) -> 
         else:
             yield name, module
 
-    called: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: called.append(name)
-
-    hooks = [module.register_forward_hook(note(name)) for name, module in links("", body)]
-    with torch.no_grad():
-        forward(images_BCHW)
-    for hook in hooks:
-        hook.remove()
-    return iter(called)
+    return called(links("", body), forward, images_BCHW)

@@ -33,8 +33,8 @@ from regraft.data.batches import (
     shuffled_batches,
     train_batches,
 )
-from regraft.engine import Engine
-from regraft.evaluation.predictions import EVAL_BATCH, evaluating
+from regraft.engine import Engine, evaluating
+from regraft.evaluation.predictions import EVAL_BATCH
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.stages import Cut
@@ -222,7 +222,7 @@ def _fill(
     engine, rows = live.engine, live.material.train_rows
     both = np.concatenate([rows, live.material.val_rows])
     total = len(both) + views * len(rows)
-    with evaluating(backbone):
+    with evaluating(backbone), torch.inference_mode():
         one = _below(live, backbone, cut, live.example())
         example = _to_disk(one)
         needed = total * example.nbytes

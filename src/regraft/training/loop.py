@@ -240,7 +240,7 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
             yield pace.told(state, len(rows), losses.latest, lr)
         mean = averaged.module
         assert isinstance(mean, Classifier)
-        engine.shared(mean)
+        engine.broadcast(mean)
         train_loss = losses.mean(lr)
         stall.check(train_loss, pace.step)
         yield state.close_epoch(mean, phase.learns, train_loss)
