@@ -65,8 +65,7 @@ def _environment(tool: str) -> Path:
 
 
 def frozen() -> list[Row]:
-    _write_images("frozen", 300, (1024, 1024), "PNG", SOURCE, {"normal": "a", "bacteria": "b"})
-    _start()
+    _prepare_frozen()
     rows = [job("regraft", "frozen-limit"), job("regraft", "frozen")]
     rows += [job("torch", f"frozen-{kind}", FROZEN_EPOCHS) for kind in ("bf16", "fp32")]
     rows += [job(tool, "frozen", FROZEN_EPOCHS) for tool in ("fastai", "keras")]
@@ -74,8 +73,7 @@ def frozen() -> list[Row]:
 
 
 def last() -> list[Row]:
-    _write_images("frozen", 300, (1024, 1024), "PNG", SOURCE, {"normal": "a", "bacteria": "b"})
-    _start()
+    _prepare_frozen()
     rows = [job("regraft", "last-stored"), job("regraft", "last-live")]
     rows[1]["same numbers"] = rows[0].pop("losses") == rows[1].pop("losses")
     return _ratios(rows, rows[0])
@@ -143,6 +141,12 @@ def _write_images(
             image = Image.open(file).convert("RGB" if kind == "JPEG" else "L")
             image = image.resize(size[::-1], Image.Resampling.BICUBIC)
             image.save(folder / f"{place:04d}.{kind.lower()}", kind)
+
+
+def _prepare_frozen() -> None:
+    """Writes the images of the frozen benchmarks, and trains what they start from."""
+    _write_images("frozen", 300, (1024, 1024), "PNG", SOURCE, {"normal": "a", "bacteria": "b"})
+    _start()
 
 
 def _write_generated(folder: Path, number: int) -> None:

@@ -36,7 +36,7 @@ from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import quiet
-from regraft.training.activations import Material
+from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, fit
 from regraft.training.recipe import Recipe
 

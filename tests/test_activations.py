@@ -19,7 +19,7 @@ from regraft.models.stages import Cut
 from regraft.progress import Counting, Note
 from regraft.storage import cache_home
 from regraft.training import activations
-from regraft.training.activations import Material
+from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, fit
 from regraft.training.recipe import Recipe
 

@@ -17,7 +17,7 @@ from regraft.evaluation.predictions import infer, softmax
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
-from regraft.training.activations import Material
+from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit
 from regraft.training.optim import freeze, make_optimizer, scheduled_lr
 from regraft.training.probe import solve_head

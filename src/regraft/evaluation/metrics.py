@@ -27,19 +27,18 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     truth = known_truth(predictions)
     document: dict[str, Any] = {"n": len(predictions.paths)}
     metrics = {name: metric(predictions) for name, metric in METRICS.items()}
-    draws: dict[str, list[Array]] = {name: [] for name in metrics}
+    confusion = _confusion(predictions)
+    scores = _score_intervals(confusion) if predictions.groups is None else {}
+    draws: dict[str, list[Array]] = {name: [] for name in metrics if name not in scores}
     for weights_RN in bootstrap_weights(truth, predictions.groups, RESAMPLES):
-        for name, metric in metrics.items():
-            draws[name].append(metric(weights_RN))
+        for name, drawn in draws.items():
+            drawn.append(metrics[name](weights_RN))
     ones = np.ones((1, len(predictions.paths)))
     for name, metric in metrics.items():
-        numbers = (metric(ones)[0], *_percentiles(np.concatenate(draws[name])))
+        interval = scores.get(name) or _percentiles(np.concatenate(draws[name]))
+        numbers = (metric(ones)[0], *interval)
         told = [float(number) if np.isfinite(number) else None for number in numbers]
         document[name] = dict(zip(("value", "low", "high"), told, strict=True))
-    confusion = _confusion(predictions)
-    if predictions.groups is None:
-        for name, (low, high) in _score_intervals(confusion).items():
-            document[name] |= {"low": low, "high": high}
     document["class_names"] = list(predictions.class_names)
     document["confusion"] = confusion.tolist()
     document["per_class"] = _per_class(predictions.class_names, confusion)
@@ -56,9 +55,9 @@ def point(predictions: Predictions, name: str) -> float:
     return float(METRICS[name](predictions)(np.ones((1, len(predictions.paths))))[0])
 
 
-def _percentiles(draws: Array) -> Array:
+def _percentiles(draws: Array) -> tuple[float, float]:
     known = draws[~np.isnan(draws)]
-    return np.percentile(known, [2.5, 97.5]) if len(known) else np.array([np.nan, np.nan])
+    return tuple(np.percentile(known, [2.5, 97.5])) if len(known) else (np.nan, np.nan)
 
 
 def _score_intervals(confusion: NDArray[np.int64]) -> dict[str, tuple[float, float]]:

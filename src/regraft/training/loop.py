@@ -28,7 +28,8 @@ from regraft.evaluation.predictions import Predictions, infer, softmax
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
-from regraft.training.activations import Feed, Live, Material, choose_feed
+from regraft.training.activations import choose_feed
+from regraft.training.feeds import Feed, Live, Material
 from regraft.training.losses import Losses, StallDetector, diverged, label_entropy
 from regraft.training.optim import (
     Average,

@@ -26,7 +26,7 @@ from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
-from regraft.training.activations import Material
+from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit, to_json
 from regraft.training.losses import SYNC_STEPS, Diverged
 from regraft.training.optim import (
