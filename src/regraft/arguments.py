@@ -1,11 +1,13 @@
 """Arguments that several commands share: how data is read, and what a training takes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
+
+from regraft.errors import UsageError
 
 if TYPE_CHECKING:
     from regraft.data.dataset import DataOptions, Dataset
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 DATA = Group("Data", sort_key=1)
 TRAINING = Group("Training", sort_key=2)
+DEFAULT_STRATEGY = "lp-ft"  # arXiv:2202.10054, see Recipe.transfer
 
 
 @Parameter(name="*")
@@ -44,6 +47,17 @@ class DataArguments:
         from regraft.data.dataset import DataOptions
 
         return DataOptions(**vars(self))
+
+    def options_as_in(self, run: Path) -> "DataOptions":
+        """Returns the options, with the classes and findings of a Run where none are given."""
+        from regraft.run import Run
+
+        options, kept = self.options(), Run.open(run).record["data"]["options"]
+        return replace(
+            options,
+            relabel=options.relabel or tuple(kept["relabel"]),
+            allow=options.allow or tuple(kept["allow"]),
+        )
 
     def open(self, data: Path, told: Callable[[Any], None]) -> "Dataset":
         from regraft.data.dataset import Dataset
@@ -86,7 +100,41 @@ class TrainingArguments:
         changes = {key: value for key, value in own.items() if value is not None}
         return chosen.changed(parse_assignments(self.set) | changes)
 
+    def transfer(self, strategy: str | None) -> "Recipe":
+        """Returns the recipe of a fine-tuning."""
+        from regraft.training.recipe import Recipe
+
+        if strategy is not None and self.recipe is not None:
+            raise UsageError(
+                "`--strategy` and `--recipe` both say what learns", hint="give one of them"
+            )
+        return self.settled(Recipe.transfer(strategy or DEFAULT_STRATEGY))
+
     def engine(self) -> "Engine":
         from regraft.engine import Engine
 
         return Engine(self.device)
+
+
+def required_start(start: Path | None, strategy: str | None) -> Path:
+    """Returns the start; without one a frozen backbone would be a random one.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if start is not None:
+        return start
+    strategy = strategy or DEFAULT_STRATEGY
+    frozen = (
+        ""
+        if strategy == "full"
+        else (
+            f": `--strategy {strategy}` would train a head on a frozen random backbone, which has "
+            "learned nothing and never will"
+        )
+    )
+    raise UsageError(
+        f"there is no `--start` to carry over{frozen}",
+        hint="give the Run to start from with `--start RUN`, or train from random weights with "
+        "`regraft pretrain`",
+    )

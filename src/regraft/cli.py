@@ -8,14 +8,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
-from regraft.arguments import DataArguments, TrainingArguments
+from regraft.arguments import DataArguments, TrainingArguments, required_start
 from regraft.errors import EnvironmentFault, RegraftError, UsageError, count
 from regraft.terminal import (
     print_comparison,
@@ -28,7 +27,7 @@ from regraft.terminal import (
 )
 
 if TYPE_CHECKING:
-    from regraft.training.recipe import Recipe
+    pass
 
 app = App(
     name="regraft",
@@ -108,9 +107,8 @@ def finetune(
     """
     from regraft import api
 
-    _refuse_no_start(start, strategy or "lp-ft")
-    assert start is not None
-    chosen = _transfer_recipe(strategy, training)
+    start = required_start(start, strategy)
+    chosen = training.transfer(strategy)
     with progress() as told:
         run = api.finetune(
             reading.open(data, told),
@@ -166,7 +164,7 @@ def compare(
     """
     from regraft import api
 
-    chosen = _transfer_recipe(strategy, training)
+    chosen = training.transfer(strategy)
     with progress() as told:
         comparison = api.compare(
             reading.open(data, told),
@@ -219,14 +217,8 @@ def evaluate(
     from regraft import api
     from regraft.data.dataset import Dataset
     from regraft.engine import Engine
-    from regraft.run import Run
 
-    options, kept = reading.options(), Run.open(run).record["data"]["options"]
-    options = replace(
-        options,
-        relabel=options.relabel or tuple(kept["relabel"]),
-        allow=options.allow or tuple(kept["allow"]),
-    )
+    options = reading.options_as_in(run)
     with progress() as told:
         dataset = Dataset.open(data, options, whole=True)
         document = api.evaluate(
@@ -396,34 +388,6 @@ def _settle_processes(given: list[str]) -> None:
         )
     if not speaks():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
-
-
-def _transfer_recipe(strategy: str | None, training: TrainingArguments) -> "Recipe":
-    from regraft.training.recipe import Recipe
-
-    if strategy is not None and training.recipe is not None:
-        raise UsageError(
-            "`--strategy` and `--recipe` both say what learns", hint="give one of them"
-        )
-    return training.settled(Recipe.transfer(strategy or "lp-ft"))
-
-
-def _refuse_no_start(start: Path | None, strategy: str) -> None:
-    if start is not None:
-        return
-    frozen = (
-        ""
-        if strategy == "full"
-        else (
-            f": `--strategy {strategy}` would train a head on a frozen random backbone, which has "
-            "learned nothing and never will"
-        )
-    )
-    raise UsageError(
-        f"there is no `--start` to carry over{frozen}",
-        hint="give the Run to start from with `--start RUN`, or train from random weights with "
-        "`regraft pretrain`",
-    )
 
 
 def _finished(folder: Path, status: dict[str, Any], data: Path) -> None:
