@@ -41,10 +41,8 @@ learner = Learner(
     block.dataloaders(folder / "frozen", bs=32, num_workers=2), network, metrics=accuracy
 )
 with learner.no_bar(), learner.no_logging():
-    train_only = learner.dls.valid
-    learner.dls.valid = learner.dls.valid.new(dataset=learner.dls.valid.dataset[:1])
     began = time.perf_counter()
-    learner.fit(epochs, 1e-3)
+    learner.fit(epochs, 1e-3)  # every epoch is judged on the test images
     seconds = time.perf_counter() - began
-    found = float(learner.validate(dl=train_only)[1])
+    found = float(learner.validate()[1])
 print(json.dumps({"seconds": seconds, "accuracy": found}))

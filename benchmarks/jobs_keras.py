@@ -52,7 +52,7 @@ def frozen(place: Path, epochs: int) -> dict[str, object]:
     train = folder_of(place / "frozen" / "train", 128, 32, shuffle=True)
     test = folder_of(place / "frozen" / "test", 128, 32, shuffle=False)
     began = time.perf_counter()
-    model.fit(train, epochs=epochs, verbose=0)
+    model.fit(train, epochs=epochs, validation_data=test, verbose=0)
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "accuracy": model.evaluate(test, verbose=0)[1]}
 

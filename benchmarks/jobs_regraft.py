@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401  no tool's imports are timed
 import numpy as np
-import sklearn.linear_model  # noqa: F401  no tool's imports are timed
+import sklearn.linear_model  # noqa: F401
 import timm  # noqa: F401
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from regraft.data.dataset import Dataset
 from regraft.data.decode import read_content, read_pixels
 from regraft.data.listing import list_images
 from regraft.engine import Engine
-from regraft.evaluation.predictions import infer
+from regraft.evaluation.predictions import eval_batch, infer
 from regraft.evaluation.testing import predict_files
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
@@ -75,9 +76,10 @@ def frozen_limit(folder: Path) -> Found:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = np.stack(list(pool.map(read, files)))
+    batch = eval_batch(inputs.size, engine.device)
     batches = [
-        normalised(images[start : min(start + 64, number)], inputs, engine.device)
-        for start in range(0, number, 64)
+        normalised(images[start : min(start + batch, number)], inputs, engine.device)
+        for start in range(0, number, batch)
     ]
     infer(classifier.backbone, batches, engine)
     return {"seconds": time.perf_counter() - began, "images": len(images)}

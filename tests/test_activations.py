@@ -37,12 +37,17 @@ def material(make_shapes: MakeShapes) -> tuple[Material, InputSpec]:
 
 
 def trained(
-    arch: str, material: Material, inputs: InputSpec, strategy: str, **changes: object
+    arch: str,
+    material: Material,
+    inputs: InputSpec,
+    strategy: str,
+    precision: str = "bf16",
+    **changes: object,
 ) -> tuple[list[object], dict[str, torch.Tensor]]:
     backbone = Backbone.create(arch, inputs)
     backbone.random = frozenset()
     classifier = Classifier(backbone, NAMES)
-    engine = Engine("cpu", "bf16")
+    engine = Engine("cpu", precision)
     engine.place(classifier)
     recipe = Recipe.transfer(strategy).changed({"batch_size": 16, **changes})
     recipe = recipe.resolved(
@@ -57,24 +62,27 @@ def epochs(told: list[object]) -> list[Epoch]:
 
 
 @pytest.mark.parametrize(
-    ("arch", "strategy", "augment"),
+    ("arch", "strategy", "augment", "precision"),
     [
-        ("vgg11_bn", "last:1", "none"),
-        ("resnet10t", "last:2", "natural"),
-        ("resnet10t", "head", "natural"),
-        ("convnext_atto", "last:1", "gentle"),
-        ("vit_tiny_patch16_224", "last:3", "gentle"),
+        ("vgg11_bn", "last:1", "none", "bf16"),
+        ("resnet10t", "last:2", "natural", "bf16"),
+        ("resnet10t", "head", "natural", "bf16"),
+        ("convnext_atto", "last:1", "gentle", "bf16"),
+        # The AMX units of a processor give a product of bf16 matrices other bits in a batch of 64
+        # than in one of 16, so a transformer is held to its bits in fp32.
+        ("vit_tiny_patch16_224", "last:3", "gentle", "fp32"),
     ],
 )
 def test_stored_activations_give_the_same_bits_as_the_whole_network(
-    material: tuple[Material, InputSpec], arch: str, strategy: str, augment: str
+    material: tuple[Material, InputSpec], arch: str, strategy: str, augment: str, precision: str
 ) -> None:
     images, inputs = material
     changes: dict[str, object] = {"augment": augment, "views": 2}
     if strategy != "head":
         changes["epochs"] = 3
-    stored, after_stored = trained(arch, images, inputs, strategy, **changes)
-    live, after_live = trained(arch, replace(images, key=None), inputs, strategy, **changes)
+    stored, after_stored = trained(arch, images, inputs, strategy, precision, **changes)
+    unnamed = replace(images, key=None)
+    live, after_live = trained(arch, unnamed, inputs, strategy, precision, **changes)
     assert any(isinstance(record, Counting) for record in stored)
     assert not any(isinstance(record, Counting) for record in live)
     assert epochs(stored) == epochs(live)
@@ -95,9 +103,9 @@ def test_the_frozen_part_runs_once_whatever_the_seed(
     monkeypatch.setattr(Backbone, "below", counted)
     first, _ = trained("resnet10t", images, inputs, "head")
     number = len(images.train_rows) + len(images.val_rows)
-    assert sum(seen) == number + 1  # one more to learn the shape
+    assert sum(seen) == number
     again, _ = trained("resnet10t", images, inputs, "head", seed=7)
-    assert sum(seen) == number + 1
+    assert sum(seen) == number
     assert epochs(first) == epochs(again)
 
 

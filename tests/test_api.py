@@ -68,7 +68,7 @@ def test_another_size_and_another_number_of_classes_just_work(
     start: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:
     data = make_shapes(tuple("vwxyz"), 8, side=40)
-    recipe = Recipe.transfer().changed({"image_size": [48, 40], "epochs": 1})
+    recipe = Recipe.transfer("lp-ft").changed({"image_size": [48, 40], "epochs": 1})
     run = api.finetune(data, out=tmp_path / "run", start=start, recipe=recipe)
     classifier = Classifier.load(run.folder)
     assert classifier.inputs.size == (48, 40)
@@ -85,7 +85,7 @@ def test_compare_answers_and_keeps_everything(
         out=tmp_path / "c",
         start=start,
         seeds=2,
-        recipe=Recipe.transfer().changed({"epochs": 2}),
+        recipe=Recipe.transfer("lp-ft").changed({"epochs": 2}),
     )
     assert found["verdict"] in ("helped", "hurt", "cannot tell")
     assert {"metric", "difference", "low", "high", "least_detectable"} <= set(found)
@@ -115,7 +115,10 @@ def test_test_images_never_reach_the_training(
     states = []
     for name in ("first", "second"):
         run = api.finetune(
-            data, out=tmp_path / name, start=start, recipe=Recipe.transfer().changed({"epochs": 1})
+            data,
+            out=tmp_path / name,
+            start=start,
+            recipe=Recipe.transfer("lp-ft").changed({"epochs": 1}),
         )
         epochs = (run.folder / "metrics.jsonl").read_text()
         states.append((epochs, Classifier.load(run.folder).state_dict()))
@@ -301,13 +304,13 @@ def test_a_recipe_for_the_other_goal_is_refused(
     with pytest.raises(UsageError, match='goal = "scratch"; this command needs "transfer"'):
         api.finetune(data, out=tmp_path / "run", start=start, recipe=Recipe.scratch())
     with pytest.raises(UsageError, match='goal = "transfer"; this command needs "scratch"'):
-        api.pretrain(data, out=tmp_path / "run", arch=ARCH, recipe=Recipe.transfer())
+        api.pretrain(data, out=tmp_path / "run", arch=ARCH, recipe=Recipe.transfer("lp-ft"))
 
 
 def test_the_control_does_not_know_the_mean_of_dataset1(
     start: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:
-    recipe = Recipe.transfer().changed({"epochs": 1})
+    recipe = Recipe.transfer("lp-ft").changed({"epochs": 1})
     data = make_shapes(("x", "y"), 12, seed=4)
     api.compare(data, out=tmp_path / "c", start=start, seeds=1, recipe=recipe)
     inherited = Classifier.load(start).inputs.mean

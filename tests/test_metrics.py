@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from regraft.evaluation.compare import judge, summarise
 from regraft.evaluation.metrics import METRICS, _score_intervals, evaluate_predictions, point
 from regraft.evaluation.predictions import Predictions, softmax, to_csv, to_records
 
@@ -136,50 +135,6 @@ def test_a_class_without_test_images_counts_in_no_average() -> None:
     assert evaluate_predictions(extended)["per_class"][2] == {
         "class": "rare", "n": 0, "precision": None, "recall": None, "f1": None,
     }  # fmt: skip
-
-
-def arms(skill: float, seeds: int = 4, number: int = 300) -> list[Predictions]:
-    return [random_predictions(number, skill=skill, seed=seed) for seed in range(seeds)]
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "verdict"),
-    [(2.5, 0.5, "helped"), (0.5, 2.5, "hurt"), (1.0, 1.0, "cannot tell")],
-)
-def test_the_verdict_follows_the_difference(ours: float, theirs: float, verdict: str) -> None:
-    scratch = [random_predictions(300, skill=theirs, seed=seed) for seed in range(10, 14)]
-    found = judge(arms(ours), scratch, "balanced_accuracy")
-    assert found["verdict"] == verdict
-    assert found["low"] < found["difference"] < found["high"]
-    assert found["difference"] == pytest.approx(np.mean(found["per_seed"]))
-
-
-def test_a_lower_loss_is_help_too() -> None:
-    assert judge(arms(2.5), arms(0.5), "nll")["verdict"] == "helped"
-
-
-def test_equal_arms_are_rarely_told_apart() -> None:
-    verdicts = []
-    for trial in range(60):
-        both = [random_predictions(120, seed=100 * trial + seed) for seed in range(12)]
-        verdicts.append(judge(both[:6], both[6:], "accuracy")["verdict"])
-    # Nominal 5 %; a twelfth allows for 60 trials and small samples.
-    assert sum(verdict != "cannot tell" for verdict in verdicts) <= 5
-
-
-def test_a_larger_test_set_shows_smaller_differences() -> None:
-    small = judge(arms(1.0, number=100), arms(0.9, number=100), "accuracy")
-    large = judge(arms(1.0, number=900), arms(0.9, number=900), "accuracy")
-    assert large["least_detectable"] < 0.6 * small["least_detectable"]
-
-
-def test_an_arm_is_summarised_by_mean_and_spread() -> None:
-    values = [point(run, "accuracy") for run in arms(1.0)]
-    found = summarise(arms(1.0), "accuracy")
-    assert found["values"] == values
-    assert found["mean"] == pytest.approx(np.mean(values))
-    assert found["std"] == pytest.approx(np.std(values, ddof=1))
-    assert summarise(arms(1.0)[:1], "accuracy")["std"] is None
 
 
 def test_the_csv_is_safe_for_spreadsheets_and_tells_broken_files() -> None:

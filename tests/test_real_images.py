@@ -97,7 +97,7 @@ def test_the_story_runs_on_real_x_rays(shared_data: Path, tmp_path: Path) -> Non
         target,
         out=tmp_path / "target",
         start=start.folder,
-        recipe=Recipe.transfer().changed({"image_size": 48, "epochs": 1}),
+        recipe=Recipe.transfer("lp-ft").changed({"image_size": 48, "epochs": 1}),
     )
     assert Classifier.load(run.folder).class_names == ("ap", "pa")
     found = api.evaluate(run.folder, shared_data / "cxr_hannover_224")

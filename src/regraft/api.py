@@ -5,19 +5,24 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
 
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.data.listing import list_images
 from regraft.delivery.report import write_report
 from regraft.engine import Engine
-from regraft.errors import DataError, UsageError, count, shorten
+from regraft.errors import ArtefactError, DataError, UsageError, count, shorten
 from regraft.evaluation.compare import LEAST_SEEDS, judge, summarise
 from regraft.evaluation.metrics import METRICS, point
 from regraft.evaluation.predictions import Predictions
+from regraft.evaluation.savings import saved_images
 from regraft.evaluation.testing import (
     fitting_channels,
     own_rows,
@@ -32,7 +37,8 @@ from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting, quiet
 from regraft.run import FINISHED, Run, refuse_existing, refuse_inside
-from regraft.storage import write_json
+from regraft.storage import read_json, write_json
+from regraft.training.auto import Plan
 from regraft.training.loop import Epoch
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Recipe
@@ -66,7 +72,8 @@ def pretrain(
     backbone.inputs = session.inputs
     recipe = session.resolved(recipe, backbone)
     session.estimate(backbone, [recipe])
-    run, _ = session.train(backbone, recipe, Path(out), {"verb": "pretrain"})
+    run = session.train(backbone, recipe, Path(out), {"verb": "pretrain"}).run
+    session.on_progress(Note(_worth_of_features(run)))
     return run
 
 
@@ -78,10 +85,15 @@ def finetune(
     arch: str | None = None,
     recipe: Recipe | None = None,
     adapt: Sequence[str] = (),
+    plan: Plan | None = None,
     engine: Engine | None = None,
     on_progress: OnProgress = quiet,
 ) -> Run:
     """Carries the backbone of `start` over to new data, under a new head.
+
+    Args:
+        recipe: None: `Recipe.transfer()`, what held-out images like best.
+        plan: Of an earlier search, to repeat it.
 
     Example:
         >>> run = finetune("knees", out="runs/target", start="runs/source")
@@ -92,12 +104,16 @@ def finetune(
     begun.refuse_leak(dataset)
     backbone, moves = begun.backbone(begun.inputs(recipe, dataset), recipe.seed)
     session = Session.prepare(dataset, backbone.inputs, engine or Engine(), on_progress)
+    session = session.pooled(recipe)
     recipe = session.resolved(recipe, backbone)
     record = begun.record(moves, session.dataset)
     on_progress(Note(transplant_table(record["transplant"])))
     session.estimate(backbone, [recipe])
-    run, _ = session.train(backbone, recipe, Path(out), record)
-    return run
+
+    def random() -> Backbone:
+        return begun.random_backbone(session.own_inputs, recipe.seed)
+
+    return session.train(backbone, recipe, Path(out), record, plan=plan, random=random).run
 
 
 def compare(
@@ -107,6 +123,7 @@ def compare(
     start: Place,
     seeds: int = 6,
     metric: str = "balanced_accuracy",
+    fractions: Sequence[float] = (),
     arch: str | None = None,
     recipe: Recipe | None = None,
     adapt: Sequence[str] = (),
@@ -114,6 +131,13 @@ def compare(
     on_progress: OnProgress = quiet,
 ) -> dict[str, Any]:
     """Trains transfer and scratch on the same data over several seeds, and judges.
+
+    Where the recipe searches, both arms do, once, with the first seed; the control's schedules are
+    twice as long.
+
+    Args:
+        fractions: Shares of the training images on which both arms are trained too: how many
+            images does the transfer save?
 
     Returns:
         `verdict` (helped, hurt, cannot tell), `metric`, `difference`, `low`, `high`, `arms`, ...
@@ -126,6 +150,11 @@ def compare(
             f"`--metric {metric}` over {seeds} seeds is not possible",
             hint=f"use at least 1 seed and one of {', '.join(METRICS)}",
         )
+    if not all(0 < share <= 1 for share in fractions):
+        raise UsageError(
+            f"`--fractions {','.join(map(str, fractions))}` are no shares of the training images",
+            hint="write for example `--fractions 0.1,0.25,0.5,1`",
+        )
     recipe, out = _fitting(recipe or Recipe.transfer(), "transfer"), Path(out)
     if seeds < LEAST_SEEDS:
         on_progress(Note(f"note: fewer than {LEAST_SEEDS} seeds never give a verdict"))
@@ -133,9 +162,14 @@ def compare(
     dataset = _opened(data, out)
     begun.refuse_leak(dataset)
     inputs = begun.inputs(recipe, dataset)
-    session = Session.prepare(dataset, inputs, engine or Engine(), on_progress)
-    arms = _run_arms(session, begun, recipe, out, seeds, metric)
-    comparison = _judged(session, arms, metric)
+    session = Session.prepare(dataset, inputs, engine or Engine(), on_progress).pooled(recipe)
+    arms = _Arms(session, begun, recipe, out, metric)
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        arms.run(seed)
+    for share in sorted(set(fractions) - {1.0}):
+        for seed in range(recipe.seed, recipe.seed + seeds):
+            arms.run(seed, share)
+    comparison = _judged(arms, sorted(set(fractions) | {1.0}) if fractions else [])
     if session.engine.is_main:
         write_json(out / "comparison.json", comparison)
         report([out], out=out / "report.html")
@@ -204,6 +238,39 @@ def report(folders: Sequence[Place], *, out: Place) -> Path:
     return write_report([Path(folder) for folder in folders], Path(out))
 
 
+def read_plan(file: Place) -> Plan:
+    """Returns the plan of an earlier search.
+
+    Raises:
+        ArtefactError: The file is missing, or no plan.
+    """
+    document = read_json(Path(file))
+    try:
+        return Plan.model_validate(document)
+    except ValidationError as error:
+        raise ArtefactError(
+            f"`{file}` is no plan: {error.errors()[0]['msg']}",
+            hint="name the plan.json or winner.json of a Run",
+        ) from error
+
+
+def _worth_of_features(run: Run) -> str:
+    """Returns what the features of the last epoch promise for a transfer."""
+    last, number = run.epochs()[-1], len(run.class_names)
+    probes = " ".join(f"{score:.3f}" for score in last["stage_probes"])
+    told = (
+        f"features: effective rank {last['effective_rank']:.1f}; balanced accuracy of a ridge head "
+        f"on each stage, from the stem to the top: {probes}"
+    )
+    if last["effective_rank"] < number:
+        told += (
+            f"\nwarning: the features use fewer directions than there are classes ({number}): they "
+            "have collapsed, and other classes may find nothing in them. A lower stage may serve "
+            "them better; `regraft finetune` looks"
+        )
+    return told
+
+
 def _opened(data: Data, out: Path) -> Dataset:
     refuse_existing(out)
     root = data.root if isinstance(data, Dataset) else Path(data)
@@ -233,51 +300,59 @@ def _fitting(recipe: Recipe, goal: str) -> Recipe:
     return recipe
 
 
-def _run_arms(
-    session: Session,
-    begun: Start,
-    recipe: Recipe,
-    out: Path,
-    num_seeds: int,
-    metric: str,
-) -> dict[str, list[Predictions]]:
-    """Trains and tests each arm with each seed; frozen features are probed beside them."""
-    arms: dict[str, list[Predictions]] = {
-        "transfer": [], "scratch": [], "probe_transplanted": [], "probe_random": [],
-    }  # fmt: skip
-    # What starts at random knows nothing of Dataset1: not even its mean and std.
-    own = session.cache.with_statistics(session.inputs, session.dataset.rows("train"))
-    for seed in range(recipe.seed, recipe.seed + num_seeds):
-        backbone, moves = begun.backbone(session.inputs, seed)
-        random = begun.random_backbone(own, seed)
-        birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
-        arms["probe_random"].append(_probed(session, random))
-        transfer = session.resolved(recipe.changed({"seed": seed}), backbone)
+@dataclass
+class _Arms:
+    """The trainings of a comparison; all of one arm go by the plan of its first seed."""
+
+    session: Session
+    begun: Start
+    recipe: Recipe
+    out: Path
+    metric: str
+    plans: dict[str, Plan | None] = field(default_factory=dict)
+    found: dict[str, list[Predictions]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, seed: int, share: float = 1.0) -> None:
+        """Trains and tests both arms with one seed, on a share of the training images."""
+        session, told = self.session, self.session.on_progress
+        backbone, moves = self.begun.backbone(session.inputs, seed)
+        random = self.begun.random_backbone(session.own_inputs, seed)
+        record = self.begun.record(moves, session.dataset)
+        if share == 1:
+            birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
+            self._add("probe_random", _probed(session, random))
+            random.load_state_dict(birth)
+            if "probe_transplanted" not in self.found:
+                self._add("probe_transplanted", _probed(session, backbone))
+                told(Note(transplant_table(record["transplant"])))
+        changes = {"seed": seed, "train_share": share}
+        transfer = session.resolved(self.recipe.changed(changes), backbone)
+        self._train("transfer", backbone, transfer, record)
+        plan = self.plans["transfer"]
         # Each arm's learning rate, weight decay and BatchNorm policy follow its own goal; data,
         # splits, augmentation, batches and input size are the same.
-        scratch = session.resolved(transfer.as_scratch(), random)
-        record = begun.record(moves, session.dataset)
-        if seed == recipe.seed:
-            arms["probe_transplanted"].append(_probed(session, backbone))
-            session.on_progress(Note(transplant_table(record["transplant"])))
-            session.estimate(backbone, [transfer, scratch] * num_seeds)
-        random.load_state_dict(birth)
-        for arm, network, settled, kept in (
-            ("transfer", backbone, transfer, record),
-            ("scratch", random, scratch, {"verb": "pretrain"}),
-        ):
-            silent = replace(session, on_progress=_without_epochs(session.on_progress))
-            run, classifier = silent.train(network, settled, out / f"{arm}-{seed}", kept)
-            rows = session.dataset.rows("test")
-            found = predict_dataset(
-                classifier, session.dataset, session.cache, rows, session.engine
-            )
-            write = session.engine.is_main
-            record_evaluation(run, found, session.dataset, session.cache, "test", write=write)
-            arms[arm].append(found)
-            value = point(found, metric)
-            session.on_progress(Note(f"{arm:<8} seed {seed}: test {metric} {value:.3f}"))
-    return arms
+        control = transfer.as_scratch(plan.epochs if plan else None)
+        self._train("scratch", random, session.resolved(control, random), {"verb": "pretrain"})
+
+    def _train(self, arm: str, network: Backbone, recipe: Recipe, record: dict[str, Any]) -> None:
+        session = replace(self.session, on_progress=_without_epochs(self.session.on_progress))
+        name = arm if recipe.train_share == 1 else f"{arm}@{recipe.train_share:g}"
+        began, plan = monotonic(), self.plans.get(arm)
+        folder = self.out / f"{name}-{recipe.seed}"
+        trained = session.train(network, recipe, folder, record, plan=plan)
+        if plan is not None or trained.plan is None:
+            self.seconds.setdefault(name, []).append(monotonic() - began)  # without the search
+        self.plans[arm] = trained.plan
+        rows, dataset, cache = session.dataset.rows("test"), session.dataset, session.cache
+        found = predict_dataset(trained.classifier, dataset, cache, rows, session.engine)
+        record_evaluation(trained.run, found, dataset, cache, "test", write=session.engine.is_main)
+        self._add(name, found)
+        value = point(found, self.metric)
+        session.on_progress(Note(f"{name:<8} seed {recipe.seed}: test {self.metric} {value:.3f}"))
+
+    def _add(self, name: str, found: Predictions) -> None:
+        self.found.setdefault(name, []).append(found)
 
 
 def _without_epochs(on_progress: OnProgress) -> OnProgress:
@@ -288,22 +363,35 @@ def _without_epochs(on_progress: OnProgress) -> OnProgress:
 def _probed(session: Session, backbone: Backbone) -> Predictions:
     """Returns the test predictions of a linear probe on the backbone's frozen features."""
     dataset = session.dataset
-    features, labels = session.features(backbone), dataset.labels
-    train, val, test = (dataset.rows(split) for split in ("train", "val", "test"))
-    solution = solve_head(features[train], labels[train], features[val], labels[val])
+    features, test = session.features(backbone), dataset.rows("test")
+    rows, folds = session.material().for_head()
+    solution = solve_head(features[rows], dataset.labels[rows], folds)
     return tabulate(solution.logits(features[test]), dataset, test)
 
 
-def _judged(session: Session, arms: dict[str, list[Predictions]], metric: str) -> dict[str, Any]:
-    judgement = judge(arms["transfer"], arms["scratch"], metric)
-    chance = 1 / len(session.dataset.class_names)
+def _judged(arms: _Arms, shares: Sequence[float]) -> dict[str, Any]:
+    session, found = arms.session, arms.found
+    judgement = judge(found["transfer"], found["scratch"], arms.metric)
+    number = len(session.dataset.rows("train"))
+    curve = [
+        {"share": share, "num_images": round(share * number)}
+        | {
+            arm: summarise(found[arm if share == 1 else f"{arm}@{share:g}"], arms.metric)
+            for arm in ("transfer", "scratch")
+        }
+        for share in shares
+    ]
     return {
         "schema": 1,
         **judgement,
         "arms": {
-            arm: {name: summarise(runs, name) for name in METRICS} for arm, runs in arms.items()
+            arm: {name: summarise(found[arm], name) for name in METRICS}
+            for arm in ("transfer", "scratch", "probe_transplanted", "probe_random")
         },
-        "chance_balanced_accuracy": chance,
+        "seconds": {arm: float(np.mean(spent)) for arm, spent in arms.seconds.items()},
+        "curve": curve,
+        "saved_images": saved_images(curve, arms.metric),
+        "chance_balanced_accuracy": 1 / len(session.dataset.class_names),
         "class_names": list(session.dataset.class_names),
         "data": {
             "name": session.dataset.root.resolve().name,

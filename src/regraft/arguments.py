@@ -1,5 +1,6 @@
 """Arguments that several commands share: how data is read, and what a training takes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 DATA = Group("Data", sort_key=1)
 TRAINING = Group("Training", sort_key=2)
-DEFAULT_STRATEGY = "lp-ft"  # arXiv:2202.10054, see Recipe.transfer
+DEFAULT_STRATEGY = "auto"  # as of Recipe.transfer; measured against fixed rules: docs/quality.md
 
 
 @Parameter(name="*")
@@ -88,6 +89,8 @@ class TrainingArguments:
     """none, gentle or natural."""
     seed: Annotated[int | None, Parameter(group=TRAINING)] = None
     """Of weights, order and augmentation."""
+    time_budget: Annotated[str | None, Parameter(group=TRAINING)] = None
+    """Time for a search and its training, as 90s, 20m or 2h; default: what the epochs take."""
     device: Annotated[str, Parameter(group=TRAINING)] = "auto"
     """auto, cpu, cuda, cuda:0 or mps."""
 
@@ -97,6 +100,7 @@ class TrainingArguments:
         chosen = default if self.recipe is None else Recipe.from_toml(self.recipe)
         own = {name: getattr(self, name) for name in ("epochs", "lr", "batch_size", "seed")}
         own |= {"image_size": self.image_size, "augment": self.augment}
+        own["time_budget"] = None if self.time_budget is None else parse_seconds(self.time_budget)
         changes = {key: value for key, value in own.items() if value is not None}
         return chosen.changed(parse_assignments(self.set) | changes)
 
@@ -114,6 +118,32 @@ class TrainingArguments:
         from regraft.engine import Engine
 
         return Engine(self.device)
+
+
+def parse_seconds(text: str) -> float:
+    """Reads `90s`, `20m`, `2h` or plain seconds.
+
+    Raises:
+        UsageError: It is no such time.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if found is None or not float(found[1]):
+        raise UsageError(f"`--time-budget {text}` is no time", hint="write 90s, 20m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Reads `0.1,0.25,1`.
+
+    Raises:
+        UsageError: It is no list of numbers.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(
+            f"`--fractions {text}` is no list of shares", hint="write `--fractions 0.1,0.5,1`"
+        ) from error
 
 
 def required_start(start: Path | None, strategy: str | None) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
-from regraft.arguments import DataArguments, TrainingArguments, required_start
+from regraft.arguments import DataArguments, TrainingArguments, parse_shares, required_start
 from regraft.errors import EnvironmentFault, RegraftError, UsageError, count
 from regraft.terminal import (
     print_comparison,
@@ -85,6 +85,7 @@ def finetune(
     strategy: str | None = None,
     arch: str | None = None,
     adapt: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
+    plan: Path | None = None,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
 ) -> None:
@@ -99,7 +100,10 @@ def finetune(
     start
         The Run whose backbone is carried over.
     strategy
-        lp-ft (default): the head, then everything gently; head; last:N (stages); or full.
+        auto (default): what held-out images like best, within --time-budget; or head, last:N
+        (stages), lp-ft (the head, then everything gently), or full.
+    plan
+        plan.json or winner.json of an earlier search, to repeat it.
     arch
         Only to name your own network again (file.py:factory).
     adapt
@@ -109,6 +113,7 @@ def finetune(
 
     start = required_start(start, strategy)
     chosen = training.transfer(strategy)
+    repeated = None if plan is None else api.read_plan(plan)
     with progress() as told:
         run = api.finetune(
             reading.open(data, told),
@@ -117,6 +122,7 @@ def finetune(
             arch=arch,
             recipe=chosen,
             adapt=adapt,
+            plan=repeated,
             engine=training.engine(),
             on_progress=told,
         )
@@ -132,6 +138,7 @@ def compare(
     start: Path,
     seeds: int = 6,
     metric: str = "balanced_accuracy",
+    fractions: str = "",
     strategy: str | None = None,
     arch: str | None = None,
     adapt: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
@@ -153,6 +160,8 @@ def compare(
         Trainings of each arm.
     metric
         What is compared: balanced_accuracy, accuracy, macro_f1, auroc, nll or ece.
+    fractions
+        Shares of the training images to train on too, as 0.1,0.25,0.5,1: how many images are saved?
     strategy
         As for finetune.
     arch
@@ -164,7 +173,7 @@ def compare(
     """
     from regraft import api
 
-    chosen = training.transfer(strategy)
+    chosen, shares = training.transfer(strategy), parse_shares(fractions)
     with progress() as told:
         comparison = api.compare(
             reading.open(data, told),
@@ -172,6 +181,7 @@ def compare(
             start=start,
             seeds=seeds,
             metric=metric,
+            fractions=shares,
             arch=arch,
             recipe=chosen,
             adapt=adapt,
@@ -391,8 +401,9 @@ def _settle_processes(given: list[str]) -> None:
 
 
 def _finished(folder: Path, status: dict[str, Any], data: Path) -> None:
-    best = status["best_epoch"]
-    print(f"run: {folder} ({f'best epoch {best}' if best else 'the head as solved'})")
+    best, chosen = status["best_epoch"], status.get("chosen")
+    kept = f"best epoch {best}" if best else "the last epoch, or the head as solved"
+    print(f"run: {folder} ({f'chosen: {chosen}' if chosen else kept})")
     print(f"next: regraft evaluate {folder} {data}")
 
 

@@ -3,7 +3,9 @@
 Under `torchrun` every process runs the same command; the main one (rank 0) writes and tells.
 """
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ class Engine:
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
         from accelerate import Accelerator
 
+        _keep_freed_memory()
         chosen = _device(device)
         self.precision = _precision(chosen) if precision == "auto" else precision
         # Precision is ours (`autocast`): accelerate allows one per process for ever.
@@ -150,6 +153,21 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what is freed for the next batch, instead of giving it back and faulting it
+    in again.
+
+    Measured: decoding 300 PNGs of 1024x1024 2.6 s and 700,000 page faults, then 2.1 s and 8,000;
+    VGG16 at 224 px predicts 12 % faster (docs/log.md 2026-11-25). Peaks stay as they are.
+    """
+    if sys.platform != "linux" or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; others do without
+    if mallopt is not None:
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the most that glibc takes
 
 
 def _device(name: str) -> torch.device:

@@ -188,6 +188,22 @@ class Run:
         append_json_line(self.folder / "metrics.jsonl", epoch)
         append_json_line(self.folder / "times.jsonl", times)
 
+    def append_trial(self, trial: Mapping[str, Any], times: Mapping[str, Any]) -> None:
+        append_json_line(self.folder / "trials.jsonl", trial)
+        append_json_line(self.folder / "times.jsonl", times)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """What a search has tried."""
+        return read_json_lines(self.folder / "trials.jsonl")
+
+    def plan(self) -> dict[str, Any] | None:
+        """What a search had planned; None where nothing was searched for."""
+        path = self.folder / "plan.json"
+        return read_json(path) if path.is_file() else None
+
+    def write(self, name: str, document: Mapping[str, Any]) -> None:
+        write_json(self.folder / name, document)
+
     def epochs(self) -> list[dict[str, Any]]:
         return read_json_lines(self.folder / "metrics.jsonl")
 

@@ -21,14 +21,22 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     print(f"\nDid the transfer help?  {comparison['verdict'].upper()}")
     print(
         f"{metric}: {comparison['difference']:+.3f} over training from scratch, 95 % interval "
-        f"{comparison['low']:+.3f} to {comparison['high']:+.3f}"
+        f"{_signed(comparison['low'])} to {_signed(comparison['high'])}"
     )
-    print(
-        f"{count(comparison['num_seeds'], 'seed')}, "
-        f"{count(comparison['num_images'], 'test image')}; "
-        "with more seeds, so many images show a true difference of "
-        f"{comparison['least_detectable']:.3f} 4 times in 5\n"
+    numbers = [
+        count(comparison["num_seeds"], "seed"),
+        count(comparison["num_images"], "test image"),
+    ]
+    least = comparison["least_detectable"]
+    power = (
+        "too few independent images to know how far others would differ"
+        if least is None
+        else f"with more seeds, so many images show a true difference of {least:.3f} 4 times in 5"
     )
+    print(f"{', '.join(numbers)}; {power}")
+    for line in _saved_lines(comparison):
+        print(line)
+    print()
     print(f"{'test images':<36}accuracy         balanced accuracy")
     for arm, label in ARMS.items():
         values = comparison["arms"][arm]
@@ -42,6 +50,26 @@ ARMS = {
     "probe_transplanted": "linear probe, transferred features",
     "probe_random": "linear probe, random features",
 }
+
+
+def _signed(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:+.3f}"
+
+
+def _saved_lines(comparison: dict[str, Any]) -> Iterator[str]:
+    """Yields what the transfer saves: images, and time."""
+    if saved := comparison["saved_images"]:
+        most = "at most " if saved["is_upper_bound"] else ""
+        yield (
+            f"with {most}{saved['images']:,} training images the transfer is as good as scratch "
+            f"with {saved['of']:,}"
+        )
+    seconds = comparison["seconds"]
+    if "transfer" in seconds and "scratch" in seconds:
+        yield (
+            f"one training took {seconds['transfer']:.0f} s with transfer, "
+            f"{seconds['scratch']:.0f} s from scratch"
+        )
 
 
 def _mean_and_spread(values: dict[str, Any]) -> str:
@@ -108,6 +136,7 @@ class Teller:
 
     def __call__(self, record: Any) -> None:
         from regraft.progress import Counting, Note, duration
+        from regraft.training.auto import Plan, Trial
         from regraft.training.loop import Epoch, Step
 
         if isinstance(record, Note):
@@ -122,12 +151,11 @@ class Teller:
             what = f"epoch {record.epoch}/{record.num_epochs}"
             self._advance(what, record.step, record.num_steps, told)
         elif isinstance(record, Epoch):
-            number = f"epoch {record.epoch}/{record.num_epochs}  {record.learns:<6}"
-            number = "head, solved" if record.learns == "head" else number
-            losses = f"loss {record.train_loss:.4f}  val loss {record.val_loss:.4f}"
-            accuracy = f"val balanced accuracy {record.val_balanced_accuracy:.3f}"
-            best = "  best" if record.is_best else ""
-            self.console.print(f"{number} {losses}  {accuracy}{best}", markup=False)
+            self.console.print(_epoch_line(record), markup=False)
+        elif isinstance(record, Trial):
+            self.console.print(_trial_line(record), markup=False)
+        elif isinstance(record, Plan) and record.rungs:
+            self.console.print(record.told(), markup=False)
 
     def _advance(self, what: str, done: int, total: int, told: str) -> None:
         if not self.console.is_terminal:
@@ -141,3 +169,22 @@ class Teller:
         if done == total:
             self.bars.remove_task(self.task)
             self.task = None
+
+
+def _epoch_line(record: Any) -> str:
+    number = f"epoch {record.epoch}/{record.num_epochs}  {record.learns:<6}"
+    number = "head, solved" if record.learns == "head" else number
+    line = f"{number} loss {record.train_loss:.4f}"
+    if record.val_loss is not None:
+        accuracy = f"val balanced accuracy {record.val_balanced_accuracy:.3f}"
+        line += f"  val loss {record.val_loss:.4f}  {accuracy}"
+    return line + ("  best" if record.is_best else "")
+
+
+def _trial_line(record: Any) -> str:
+    share = f"{record.share:.0%}" if record.share else ""
+    line = f"tried {record.candidate:<14} {share:>4}"
+    if record.loss is not None:
+        accuracy = f"balanced accuracy {record.balanced_accuracy:.3f}"
+        line += f"  held out: loss {record.loss:.4f}  {accuracy}"
+    return line + f"  {record.elapsed_s:.0f} s" + ("  best so far" if record.is_best else "")

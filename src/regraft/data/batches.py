@@ -42,10 +42,11 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Rows]]:
     """Yields (images_BCHW, the rows of the batch) in the order of `shuffled_batches`.
 
-    With `views`, an image has that many augmented views, which the epochs use in turn. Among
-    several processes each yields the images of its own shard, and all rows of the batch.
+    With `views`, an image has that many augmented views, which the epochs use in turn; without,
+    each epoch has its own. Among several processes each yields the images of its own shard, and
+    all rows of the batch.
     """
-    view = epoch if views is None else epoch % views
+    view = epoch % views if views else epoch
     for chosen in shuffled_batches(rows, batch_size=batch_size, seed=seed, epoch=epoch):
         own = part_of(chosen, shard)
         yield augmented(images, own, inputs, how, seed=seed, view=view, device=device), chosen

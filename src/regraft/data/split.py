@@ -4,6 +4,9 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from regraft.errors import shorten
 
 SPLITS = ("train", "val", "test")
@@ -48,6 +51,22 @@ def assign_splits(
                     left[name] = max(0.0, left[name] - number)
                 break
     return [split_of[group] for group in groups]
+
+
+def stratified_folds(
+    labels: NDArray[np.int64], groups: NDArray[np.int64], number: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Returns (places that learn, places that judge) of each fold; groups stay together."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    folds = StratifiedGroupKFold(number, shuffle=True, random_state=0)
+    return list(folds.split(labels, labels, groups))
+
+
+def most_folds(labels: NDArray[np.int64], groups: NDArray[np.int64], wanted: int) -> int:
+    """Returns in how many folds every class can be shown; 0 where not even two."""
+    least = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
+    return min(wanted, least) if least > 1 else 0
 
 
 def split_problems(labels: Sequence[str], splits: Sequence[str]) -> tuple[list[str], list[str]]:

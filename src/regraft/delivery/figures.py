@@ -81,7 +81,8 @@ def paired_differences(comparison: Mapping[str, Any], seeds: Sequence[str], labe
         axes.axvline(0, color=INK, linewidth=1)
         axes.plot(differences, rows, "o", color=TRANSFER, markersize=5)
         interval = [comparison["low"], comparison["high"]]
-        axes.plot(interval, [0, 0], color=INK, linewidth=2.5, marker="|", markersize=9)
+        if None not in interval:
+            axes.plot(interval, [0, 0], color=INK, linewidth=2.5, marker="|", markersize=9)
         axes.plot([comparison["difference"]], [0], "D", color=INK, markersize=7)
         axes.set_yticks([0, *rows], ["mean", *seeds])
         axes.set_ylim(len(differences) + 0.6, -0.6)
@@ -122,6 +123,30 @@ def arms(comparison: Mapping[str, Any], names: Mapping[str, str], label: str) ->
 
 def _colour(arm: str) -> str:
     return {"transfer": TRANSFER, "scratch": SCRATCH}.get(arm, MUTED)
+
+
+def label_efficiency(comparison: Mapping[str, Any], label: str) -> str:
+    """Returns the metric of both arms against the number of training images."""
+    curve = comparison["curve"]
+    numbers = [point["num_images"] for point in curve]
+
+    def draw(axes: "Axes") -> None:
+        for arm in ("transfer", "scratch"):
+            colour, marker = _colour(arm), MARKERS[arm]
+            dash: Any = (0, (4, 1.6)) if arm == "scratch" else "solid"
+            means = [point[arm]["mean"] for point in curve]
+            axes.plot(numbers, means, color=colour, linestyle=dash, label=arm)
+            for number, point in zip(numbers, curve, strict=True):
+                values = point[arm]["values"]
+                axes.plot([number] * len(values), values, marker, color=colour, markersize=3)
+        axes.set_xscale("log")
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers], minor=False)
+        axes.minorticks_off()
+        axes.set(title=label, xlabel="training images")
+        axes.grid(axis="y")
+        axes.legend(frameon=False)
+
+    return _svg(draw, (4.6, 3.0), f"{label} against the number of training images")
 
 
 def _svg(draw: Callable[["Axes"], None], size: tuple[float, float], description: str) -> str:

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from regraft.delivery.figures import Series, arms, curves, paired_differences
+from regraft.delivery.figures import Series, arms, curves, label_efficiency, paired_differences
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.progress import duration
 from regraft.run import FAILED, FINISHED, INTERRUPTED, RUNNING, SCHEMA, Run
@@ -165,6 +165,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "arms": known,
         "differences": paired_differences(comparison, seeds, metric),
         "arms_figure": arms(comparison, known, metric),
+        "curve_figure": label_efficiency(comparison, metric),
         "curves": _curves([*transfer, *scratch]),
         "run": _about(transfer[0]) if transfer else None,
         "control": scratch[0].record["recipe"] if scratch else None,
@@ -226,9 +227,18 @@ def _about(run: Run) -> dict[str, Any]:
         "confusion": _confusion(evaluation) if evaluation else None,
         "per_class": evaluation["per_class"][:MOST_CLASSES] if evaluation else [],
         "mistakes": _mistakes(run, evaluation) if evaluation else [],
+        "plan": run.plan(),
+        "trials": _trials(run, times),
         "class_names": run.class_names[:MOST_NAMES],
         "excluded": excluded,
     }
+
+
+def _trials(run: Run, times: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    spent = [line["elapsed_s"] for line in times if "candidate" in line]
+    return [
+        {**trial, "elapsed_s": elapsed} for trial, elapsed in zip(run.trials(), spent, strict=False)
+    ]
 
 
 def _confusion(evaluation: dict[str, Any]) -> list[list[tuple[int, float]]] | None:
@@ -267,7 +277,9 @@ def _number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}".replace("-", "\u2212")
 
 
-def _signed(value: float, digits: int = 3) -> str:
+def _signed(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "unknown"
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 

@@ -27,8 +27,8 @@ from regraft.engine import Engine, evaluating
 from regraft.errors import DataError, UsageError, count, shorten
 from regraft.evaluation.metrics import evaluate_predictions
 from regraft.evaluation.predictions import (
-    EVAL_BATCH,
     Predictions,
+    eval_batch,
     infer,
     softmax,
     to_csv,
@@ -128,7 +128,7 @@ def predict_dataset(
         cache.images,
         rows,
         classifier.inputs,
-        batch_size=EVAL_BATCH,
+        batch_size=eval_batch(classifier.inputs.size, engine.device),
         device=engine.device,
         shard=engine.shard,
     )
@@ -193,7 +193,7 @@ def predict_files(
 ) -> tuple[Predictions | None, list[tuple[str, str]]]:
     """Predicts (root, path) images; returns the table and the broken files with their reasons."""
     inputs = classifier.inputs
-    told = counting(on_progress, "predicting")
+    told, batch_size = counting(on_progress, "predicting"), eval_batch(inputs.size, engine.device)
     broken: list[tuple[str, str]] = []
     names: list[str] = []
 
@@ -219,7 +219,7 @@ def predict_files(
                 yield _stacked(waiting, inputs, engine)
                 waiting.clear()
             waiting.append(pixels)
-            if len(waiting) == EVAL_BATCH:
+            if len(waiting) == batch_size:
                 yield _stacked(waiting, inputs, engine)
                 waiting.clear()
         if waiting:

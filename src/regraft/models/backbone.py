@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from difflib import get_close_matches
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.engine import evaluating
 from regraft.errors import ArtefactError, RegraftError, UsageError, shorten
 from regraft.inputs import InputSpec
-from regraft.models.stages import Cut, called, find_cut, run_above, run_below, stages
+from regraft.models.stages import Cut, called, dry_run, find_cut, run_above, run_below, stages
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -51,17 +53,25 @@ class Backbone(nn.Module):
         self.stages = tuple(tuple(f"body.{name}" for name in group) for group in groups)
 
     @classmethod
-    def create(cls, arch: str, inputs: InputSpec, *, seed: int = 0) -> "Backbone":
+    def create(cls, arch: str, inputs: InputSpec, *, seed: int | None = 0) -> "Backbone":
         """Returns the architecture with weights drawn from `seed`; nothing is ever downloaded.
+
+        Args:
+            arch: See the class.
+            inputs: What it is to expect.
+            seed: None: all weights will be loaded, and are not drawn (half of the time it takes).
 
         Raises:
             UsageError: The architecture is unknown, or does not work at this input size.
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                build = _own_network if is_own(arch) else _timm_network
-                return cls(arch, build(arch, inputs), inputs)
+                torch.manual_seed(seed or 0)
+                if is_own(arch):  # it may draw what its state does not hold
+                    return cls(arch, _own_network(arch, inputs), inputs)
+                with _Undrawn() if seed is None else nullcontext():  # type: ignore[no-untyped-call]
+                    body = _timm_network(arch, inputs)
+                return cls(arch, body, inputs)
         except RegraftError:
             raise
         except Exception as error:  # networks, those of users above all, may raise anything
@@ -76,6 +86,24 @@ class Backbone(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Returns features_BD."""
         return self._pooled(self._maps(images_BCHW))
+
+    def stage_features(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Returns the pooled outputs of each stage, from the stem to the top; the last ones are
+        what `forward` returns.
+        """
+        found: list[Tensor] = []
+        hooks = [
+            self.body.get_submodule(end).register_forward_hook(
+                lambda _module, _given, output: found.append(self._pooled(output))
+            )
+            for end in self._ends[:-1]
+        ]
+        try:
+            top = self(images_BCHW)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*found, top]
 
     def cut(self, num_frozen: int) -> Cut | None:
         """Returns the place above the lowest stages; None where the network cannot be cut there."""
@@ -115,9 +143,14 @@ class Backbone(nn.Module):
         return maps
 
     def resized(self, size: tuple[int, int]) -> "Backbone":
-        """Returns a copy for another input size; position embeddings are interpolated by timm."""
-        body = deepcopy(self.body)
+        """Returns the backbone for another input size.
+
+        Position embeddings are interpolated by timm, in a copy; other networks keep their weights,
+        and share them with the original.
+        """
+        body = self.body
         if size != self.inputs.size and hasattr(body, "set_input_size"):
+            body = deepcopy(body)
             body.set_input_size(img_size=size)  # type: ignore[operator]
         resized = Backbone(self.arch, body, replace(self.inputs, size=size))
         resized.random = self.random
@@ -151,12 +184,21 @@ class Backbone(nn.Module):
         return "other" if found else "none"
 
     def _measured_width(self) -> int:
-        height, width = self.inputs.size
-        with evaluating(self), torch.no_grad():
-            features = self(torch.zeros(2, self.inputs.channels, height, width))
+        with evaluating(self):
+            features = dry_run(self, self.forward, (2, self.inputs.channels, *self.inputs.size))
         if not isinstance(features, Tensor) or features.ndim != 2 or 0 in features.shape:
             raise ValueError(f"gives {getattr(features, 'shape', type(features))}, not features")
         return int(features.shape[1])
+
+
+class _Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves tensors as they are where random numbers would be drawn into them."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        drawn = func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+        return args[0] if drawn else func(*args, **(kwargs or {}))
 
 
 def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
@@ -183,8 +225,12 @@ def _drop_unused(body: nn.Module, inputs: InputSpec) -> None:
     """Replaces the children that `forward_features` never calls: they belong to the classifier."""
     parts = [(name, inner) for name, module in body.named_children() for inner in module.modules()]
     forward: Callable[[Tensor], Tensor] = body.forward_features  # type: ignore[assignment]
+
+    def dry(_images: Tensor) -> Tensor:
+        return dry_run(body, forward, (1, inputs.channels, *inputs.size))
+
     with evaluating(body):
-        used = called(parts, forward, torch.zeros(1, inputs.channels, *inputs.size))
+        used = called(parts, dry, torch.empty(0))
     for name, module in list(body.named_children()):
         if name not in used and any(True for _ in module.parameters()):
             setattr(body, name, nn.Identity())

@@ -5,6 +5,7 @@ B batch, C channels, H height, W width.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,34 @@ class _Reached(Exception):
     def __init__(self, activations: Tensor) -> None:
         super().__init__()
         self.activations = activations
+
+
+def dry_run(module: nn.Module, forward: Forward, shape: tuple[int, ...]) -> Tensor:
+    """Returns what a method of a module gives for images of this shape.
+
+    Nothing is computed: the tensors are on the `meta` device and have shapes only. Where a network
+    cannot do that (it looks at values), it sees zeros.
+    """
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    shapes = {f"module.{name}": tensor.to("meta") for name, tensor in tensors}
+    with torch.no_grad():
+        try:
+            images_BCHW = torch.empty(shape, device="meta")
+            return torch.func.functional_call(_Calling(module, forward), shapes, images_BCHW)  # type: ignore[no-any-return]
+        except (NotImplementedError, RuntimeError):
+            return forward(torch.zeros(shape))  # and raises what is wrong with the network itself
+
+
+class _Calling(nn.Module):
+    """A module whose `forward` is a method of another."""
+
+    def __init__(self, module: nn.Module, method: Forward) -> None:
+        super().__init__()
+        self.module = module
+        self.method = method
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.method(images_BCHW)
 
 
 def called(

@@ -8,10 +8,10 @@ and augmentation.
 import hashlib
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from regraft.data.batches import (
     shuffled_batches,
 )
 from regraft.engine import evaluating
-from regraft.evaluation.predictions import EVAL_BATCH
 from regraft.models.backbone import Backbone
 from regraft.models.stages import Cut
 from regraft.progress import Counting
@@ -58,9 +57,11 @@ class Stored:
 
     def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
         recipe, material = self.live.recipe, self.live.material
-        plain = len(material.train_rows) + len(material.val_rows)
-        view = epoch % (self.live.views or 1)
-        places = plain + view * len(material.train_rows) + _places(material.train_rows)
+        places = _places(material.train_rows)
+        if self.live.views:
+            view = epoch % self.live.views
+            plain = len(material.train_rows) + len(material.val_rows)
+            places = places + plain + view * len(material.train_rows)
         for rows in shuffled_batches(
             material.train_rows, batch_size=int(recipe.batch_size), seed=recipe.seed, epoch=epoch
         ):
@@ -69,7 +70,7 @@ class Stored:
     def plain_batches(self, rows: Rows) -> Iterator[Tensor]:
         material = self.live.material
         places = _places(np.concatenate([material.train_rows, material.val_rows]))
-        for own in plain_order(rows, EVAL_BATCH, self.live.engine.shard):
+        for own in plain_order(rows, self.live.batch_size, self.live.engine.shard):
             yield self._tensor(places[own])
 
     def features(self, backbone: Backbone, batch: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def choose_feed(
         return live, f"`{backbone.arch}` is no chain of modules below what learns"
     # A head alone is solved on plain images; its activations serve every seed.
     trains = any(each.learns != "head" for each in served)
-    views = live.views or 1 if trains else 0
+    views = live.views or 0 if trains else 0
     folder = cache_home() / "activations" / _key(live, backbone, cut, views)
     if live.engine.any(not (folder / "activations.json").is_file()):
         obstacle = yield from _fill(folder, live, backbone, cut, views)
@@ -130,7 +131,9 @@ def _fill(
     both = np.concatenate([rows, live.material.val_rows])
     total = len(both) + views * len(rows)
     with evaluating(backbone), torch.inference_mode():
-        one = _below(live, backbone, cut, live.example())
+        plain = _below(live, backbone, cut, live.plain_batches(both))
+        first = list(islice(plain, 1))  # none, where other processes have all
+        one = (first or list(_below(live, backbone, cut, [live.example()])))[0][:1]
         example = _to_disk(one)
         needed = total * example.nbytes
         room = _make_room(folder.parent, needed) if engine.is_first_here else needed
@@ -146,12 +149,15 @@ def _fill(
                 values = np.lib.format.open_memmap(
                     temporary / "values.npy", "w+", example.dtype, shape
                 )
-            passes = [(len(both), live.plain_batches(both))]
-            passes += [(len(rows), live.view_batches(view)) for view in range(views)]
+            passes: list[tuple[int, Iterator[Tensor]]] = [(len(both), chain(first, plain))]
+            passes += [
+                (len(rows), _below(live, backbone, cut, live.view_batches(view)))
+                for view in range(views)
+            ]
             done = 0
-            for number, batches in passes:
-                for _ in range(ceil(number / EVAL_BATCH / engine.shard[1])):
-                    own = [_to_disk(_below(live, backbone, cut, b)) for b in islice(batches, 1)]
+            for number, outputs in passes:
+                for _ in range(ceil(number / live.batch_size / engine.shard[1])):
+                    own = [_to_disk(output) for output in islice(outputs, 1)]
                     for part in engine.gathered(own):
                         if values is not None:
                             values[done : done + len(part)] = part
@@ -164,9 +170,11 @@ def _fill(
     return ""
 
 
-def _below(live: Live, backbone: Backbone, cut: Cut, images_BCHW: Tensor) -> Tensor:
-    with live.engine.autocast():  # of the network alone: images are augmented in float32
-        return backbone.below(cut, images_BCHW)
+def _below(live: Live, backbone: Backbone, cut: Cut, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for images_BCHW in batches:
+        with live.engine.autocast():  # of the network alone: images are augmented in float32
+            output = backbone.below(cut, images_BCHW)
+        yield output
 
 
 def _to_disk(activations: Tensor) -> NDArray[Any]:
@@ -196,7 +204,8 @@ def _key(live: Live, backbone: Backbone, cut: Cut, views: int) -> str:
     above = tuple(f"body.{name}." for name in cut.above)
     for name, tensor in backbone.state_dict().items():
         if not name.startswith(above):
-            weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+            weights.update(name.encode())
+            weights.update(tensor.cpu().contiguous().numpy().data)
     material, recipe = live.material, live.recipe
     rows = [
         hashlib.sha256(r.tobytes()).hexdigest() for r in (material.train_rows, material.val_rows)

@@ -14,17 +14,21 @@ from regraft.data.augment import AUGMENTATIONS
 from regraft.data.batches import (
     Images,
     Rows,
+    Shard,
     augmented,
     eval_batches,
     normalised,
     plain_order,
     train_batches,
 )
+from regraft.data.split import most_folds, stratified_folds
 from regraft.engine import Engine
-from regraft.evaluation.predictions import EVAL_BATCH
+from regraft.evaluation.predictions import eval_batch
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.training.recipe import Recipe
+
+FOLDS = 3  # of cross-validation, where there are no validation images; assumed
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Material:
     Attributes:
         images: (image, height, width, channel), see `Cache`.
         labels: Class index of every row.
+        train_rows: Learned from.
+        val_rows: Judge the epochs; none: the last epoch is kept.
+        groups: Group index of every row (a patient); None: each image is its own.
         key: Names the images' content (see `Cache`), so that activations are found again; None:
             they are not stored.
     """
@@ -42,7 +49,35 @@ class Material:
     labels: NDArray[np.int64]
     train_rows: Rows
     val_rows: Rows
+    groups: NDArray[np.int64] | None = None
     key: str | None = None
+
+    @property
+    def judged(self) -> Rows:
+        """The rows on which candidates are compared: validation, or training ones in folds."""
+        return self.val_rows if len(self.val_rows) else self.train_rows
+
+    @property
+    def train_groups(self) -> NDArray[np.int64]:
+        """The group of each training row."""
+        return self.train_rows if self.groups is None else self.groups[self.train_rows]
+
+    def for_head(self) -> tuple[Rows, list[tuple[Rows, Rows]]]:
+        """Returns the rows that a head is solved on, and places in them that learn and judge."""
+        number, rows = len(self.train_rows), np.concatenate([self.train_rows, self.val_rows])
+        learn = np.arange(number)
+        if len(self.val_rows):
+            return rows, [(learn, np.arange(number, len(rows)))]
+        return rows, self.folds() or [(learn, learn)]
+
+    def folds(self, wanted: int = FOLDS) -> list[tuple[Rows, Rows]]:
+        """Returns places in `train_rows` that learn and that judge, for each fold.
+
+        Fewer than wanted where a class has fewer groups; none where not even two can be made.
+        """
+        labels, groups = self.labels[self.train_rows], self.train_groups
+        number = most_folds(labels, groups, wanted)
+        return stratified_folds(labels, groups, number) if number else []
 
 
 class Feed(Protocol):
@@ -68,6 +103,11 @@ class Live:
     engine: Engine
     views: int | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """Of batches that are not for training."""
+        return eval_batch(self.inputs.size, self.engine.device)
+
     def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
         return train_batches(
             self.material.images,
@@ -82,20 +122,20 @@ class Live:
             shard=self.engine.shard,
         )
 
-    def plain_batches(self, rows: Rows) -> Iterator[Tensor]:
+    def plain_batches(self, rows: Rows, shard: Shard | None = None) -> Iterator[Tensor]:
         images, engine = self.material.images, self.engine
         return eval_batches(
             images,
             rows,
             self.inputs,
-            batch_size=EVAL_BATCH,
+            batch_size=self.batch_size,
             device=engine.device,
-            shard=engine.shard,
+            shard=shard or engine.shard,
         )
 
     def view_batches(self, view: int) -> Iterator[Tensor]:
         """Yields one augmented view of the training images, in their order."""
-        for own in plain_order(self.material.train_rows, EVAL_BATCH, self.engine.shard):
+        for own in plain_order(self.material.train_rows, self.batch_size, self.engine.shard):
             yield augmented(
                 self.material.images,
                 own,

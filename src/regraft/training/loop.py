@@ -8,9 +8,10 @@ B batch, C channels, H height, W width, D features, K classes.
 """
 
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from math import inf, isfinite
 from typing import Any
 
@@ -19,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel
 
-from regraft.data.batches import ahead, num_batches, part_of
+from regraft.data.batches import ONLY, ahead, num_batches, part_of
 from regraft.engine import Engine
 from regraft.evaluation.metrics import log_losses, point
 from regraft.evaluation.predictions import Predictions, infer, softmax
@@ -33,6 +33,7 @@ from regraft.training.feeds import Feed, Live, Material
 from regraft.training.losses import Losses, StallDetector, diverged, label_entropy
 from regraft.training.optim import (
     Average,
+    adapt_batch_norm,
     freeze,
     learning_stages,
     make_optimizer,
@@ -40,8 +41,10 @@ from regraft.training.optim import (
     scheduled_lr,
     set_lr,
 )
-from regraft.training.probe import solve_head
+from regraft.training.probe import balanced, effective_rank, solve_head, solve_ridge
 from regraft.training.recipe import Phase, Recipe
+
+MOST_WATCHED = 1000  # validation images whose features are looked at each epoch: under 1 s
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,26 @@ class Step:
 class Epoch:
     """One pass over the training images, and how the averaged weights do on validation.
 
-    A head that is solved is the epoch before the next one: 0 at the start.
+    A head that is solved is the epoch before the next one: 0 at the start. Without validation
+    images the validation figures are None.
+
+    Attributes:
+        effective_rank: Of the features of the validation images, see `probe`; from scratch only.
+        stage_probes: Balanced accuracy of a ridge head on the features of each stage, validation
+            images left out in turn; from scratch only.
     """
 
     epoch: int
     num_epochs: int
     learns: str
     train_loss: float
-    val_loss: float
-    val_accuracy: float
-    val_balanced_accuracy: float
-    is_best: bool
     elapsed_s: float
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    val_balanced_accuracy: float | None = None
+    is_best: bool = False
+    effective_rank: float | None = None
+    stage_probes: tuple[float, ...] = ()
 
 
 @dataclass
@@ -126,11 +137,25 @@ class _Fit:
     def close_epoch(self, network: Classifier, learns: str, train_loss: float) -> Epoch:
         """Validates, and keeps the weights if no earlier epoch had a lower validation loss."""
         self.epoch += learns != "head"
+        told = Epoch(
+            epoch=self.epoch,
+            num_epochs=self.recipe.num_epochs,
+            learns=learns,
+            train_loss=train_loss,
+            elapsed_s=time.monotonic() - self.started,
+        )
         rows = self.material.val_rows
-        through = _Network(network, self.feed)
-        probabilities = softmax(infer(through, self.feed.plain_batches(rows), self.engine))
-        truth = self.material.labels[rows]
-        names = self.classifier.class_names
+        if not len(rows):
+            return told
+        truth, names = self.material.labels[rows], self.classifier.class_names
+        watches = self.recipe.goal == "scratch"
+        through = (_Watched if watches else _Network)(network, self.feed)
+        outputs = infer(through, self.feed.plain_batches(rows), self.engine)
+        logits_NK = outputs[:, : len(names)]
+        if isinstance(through, _Watched) and through.ends:
+            stages = np.split(outputs[:MOST_WATCHED], through.ends, axis=1)[1:]
+            told = replace(told, **_worth(stages, truth[:MOST_WATCHED]))
+        probabilities = softmax(logits_NK)
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         val_loss = float(log_losses(probabilities, truth).mean())
         if not isfinite(val_loss):
@@ -139,11 +164,8 @@ class _Fit:
         if is_best:
             self.best_loss = val_loss
             self.best_state = {name: t.detach().clone() for name, t in network.state_dict().items()}
-        return Epoch(
-            epoch=self.epoch,
-            num_epochs=self.recipe.num_epochs,
-            learns=learns,
-            train_loss=train_loss,
+        return replace(
+            told,
             val_loss=val_loss,
             val_accuracy=point(found, "accuracy"),
             val_balanced_accuracy=point(found, "balanced_accuracy"),
@@ -157,7 +179,8 @@ def fit(
 ) -> Generator[Step | Epoch | Note | Counting, None, None]:
     """Trains the classifier in place, phase by phase.
 
-    The best epoch is the one with the lowest validation loss; test images are not at hand here.
+    The best epoch is the one with the lowest validation loss, and without validation images the
+    last; test images are not at hand here.
 
     Args:
         classifier: Placed on the engine's device.
@@ -174,6 +197,10 @@ def fit(
     state = _Fit(classifier, material, recipe, engine)
     try:
         for phase in recipe.phases:
+            if phase.batch_norm == "adapt":
+                plain = Live(material, classifier.inputs, recipe, engine)
+                batches = plain.plain_batches(material.train_rows, ONLY)
+                adapt_batch_norm(classifier.backbone, batches, engine)
             freeze(classifier, phase)
             live = Live(material, classifier.inputs, recipe, engine, recipe.views_of(phase))
             state.feed, obstacle = yield from choose_feed(live, classifier.backbone, phase)
@@ -193,17 +220,14 @@ def fit(
 def _solve(state: _Fit, phase: Phase) -> Iterator[Epoch]:
     """A linear probe to convergence: one pass for the features, then a convex problem."""
     classifier, material = state.classifier, state.material
-    features_ND, val_features = map(state.features, (material.train_rows, material.val_rows))
-    labels_N = material.labels[material.train_rows]
-    solution = solve_head(
-        features_ND,
-        labels_N,
-        val_features,
-        material.labels[material.val_rows],
-        balanced=state.recipe.class_weights == "balanced",
-    )
+    rows, folds = material.for_head()
+    number = len(material.train_rows)
+    features_ND, labels_N = state.features(rows), material.labels[rows]
+    is_balanced = state.recipe.class_weights == "balanced"
+    solution = solve_head(features_ND, labels_N, folds, balanced=is_balanced)
     solution.copy_to(classifier.head)
-    train_loss = float(log_losses(softmax(solution.logits(features_ND)), labels_N).mean())
+    losses = log_losses(softmax(solution.logits(features_ND[:number])), labels_N[:number])
+    train_loss = float(losses.mean())
     yield state.close_epoch(classifier, phase.learns, train_loss)
 
 
@@ -211,9 +235,7 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
     recipe, engine = state.recipe, state.engine
     optimizer = make_optimizer(state.classifier, phase, recipe)
     network = engine.distributed(_Network(state.classifier, state.feed))
-    averaged = AveragedModel(
-        state.classifier, multi_avg_fn=Average(recipe.ema_decay), use_buffers=True
-    )
+    averaged = Average(state.classifier, recipe.ema_decay)
     steps_an_epoch = num_batches(len(state.material.train_rows), int(recipe.batch_size))
     num_steps = steps_an_epoch * int(phase.epochs)
     patience = recipe.stall_share * num_steps if recipe.stall_share < 1 else inf
@@ -235,12 +257,11 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
                 nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            averaged.update_parameters(state.classifier)
+            averaged.update()
             state.latest = averaged.module
             losses.add(loss, len(rows), lr)
             yield pace.told(state, len(rows), losses.latest, lr)
         mean = averaged.module
-        assert isinstance(mean, Classifier)
         engine.broadcast(mean)
         train_loss = losses.mean(lr)
         stall.check(train_loss, pace.step)
@@ -269,6 +290,32 @@ class _Network(_Features):
     def forward(self, batch: Tensor) -> Tensor:
         logits_BK: Tensor = self.head(super().forward(batch))
         return logits_BK
+
+
+class _Watched(_Network):
+    """The classifier, with the features of each stage behind its logits.
+
+    Attributes:
+        ends: Where the logits end, and each stage but the last.
+    """
+
+    ends: tuple[int, ...] = ()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        stages = self.backbone.stage_features(images_BCHW)
+        parts = [self.head(stages[-1]), *(each.float() for each in stages)]
+        self.ends = tuple(accumulate(part.shape[1] for part in parts))[:-1]
+        return torch.cat(parts, dim=1)
+
+
+def _worth(stages: Sequence[NDArray[np.float32]], labels_N: NDArray[np.int64]) -> dict[str, Any]:
+    """Returns what the features of each stage would be worth to a new head."""
+    own = np.arange(len(labels_N))
+    logits = [solve_ridge(features_ND, labels_N, own)[1] for features_ND in stages]
+    return {
+        "effective_rank": effective_rank(stages[-1]),
+        "stage_probes": tuple(balanced(each.argmax(axis=1), labels_N) for each in logits),
+    }
 
 
 class _Pace:

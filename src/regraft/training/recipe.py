@@ -41,16 +41,24 @@ class Phase(BaseModel):
         "0.1 * batch/128 with BatchNorm, 0.05 * batch/128 without (arXiv:1803.05407's VGG), "
         "0.001 * batch/128 for AdamW (assumed)",
     )
+    lr_factor: float = Field(
+        1.0, gt=0, description="on an automatic learning rate; one that is given stays"
+    )
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate factor per stage below the last one"
+    )
+    head_factor: float = Field(
+        1.0, gt=0, description="learning rate factor of the head over the last stage"
     )
     warmup: float = Field(
         0.05, ge=0, lt=1, description="share of the steps with a rising learning rate (assumed)"
     )
-    batch_norm: Literal["auto", "train", "frozen"] = Field(
+    batch_norm: Literal["auto", "train", "frozen", "adapt"] = Field(
         "auto",
-        description="BatchNorm statistics of learning stages. auto: train from scratch; frozen "
-        "when fine-tuning fewer than 1,000 images or batches under 16 (assumed)",
+        description="BatchNorm statistics: frozen as they are; adapt: measured again on the "
+        "training images, then frozen; train: learning stages follow their batches. auto: train "
+        "from scratch; frozen when fine-tuning fewer than 1,000 images or batches under 16 "
+        "(assumed)",
     )
 
     @field_validator("learns")
@@ -147,6 +155,17 @@ class Recipe(BaseModel):
         description="augmented views of each image where a part is frozen, used in turn: so many "
         "activations are stored (assumed)",
     )
+    search: Literal["none", "auto"] = Field(
+        "none",
+        description="auto: what learns, and at which rate, is chosen on held-out images among "
+        "candidates around these phases; the test images have no part in it",
+    )
+    time_budget: float = Field(
+        0.0, ge=0, description="seconds for the search and the training; 0: what the epochs take"
+    )
+    train_share: float = Field(
+        1.0, gt=0, le=1, description="share of the training images that is used, drawn by seed"
+    )
     phases: tuple[Phase, ...] = Field((Phase(),), min_length=1)
 
     @model_validator(mode="before")
@@ -177,13 +196,14 @@ class Recipe(BaseModel):
         return cls()
 
     @classmethod
-    def transfer(cls, strategy: str = "lp-ft") -> "Recipe":
+    def transfer(cls, strategy: str = "auto") -> "Recipe":
         """A transplanted backbone under a new head.
 
         Args:
             strategy: `head` (linear probe), `last:<n>` (then the last n stages too), `full`
-                (everything at once), or `lp-ft`: the head to convergence, then everything at a
-                tenth of the scratch learning rate, falling per stage (arXiv:2202.10054).
+                (everything at once), `lp-ft`: the head to convergence, then everything at a tenth
+                of the scratch learning rate, falling per stage (arXiv:2202.10054); or `auto`: what
+                held-out images like best.
 
         Raises:
             UsageError: The strategy is not known.
@@ -194,42 +214,48 @@ class Recipe(BaseModel):
             phases: tuple[Phase, ...] = (head,)
         elif strategy == "full":
             phases = (Phase(learns="all"),)
-        elif strategy == "lp-ft":
+        elif strategy in ("lp-ft", "auto"):
             phases = (head, Phase(learns="all", layer_decay=decay))
         elif re.fullmatch(r"last:[1-9]\d*", strategy):
             phases = (head, Phase(learns=strategy, layer_decay=decay))
         else:
             raise UsageError(
-                f"`--strategy {strategy}` is not known", hint="use head, last:<n>, lp-ft or full"
+                f"`--strategy {strategy}` is not known",
+                hint="use auto, head, last:<n>, lp-ft or full",
             )
-        return cls(goal="transfer", phases=phases)
+        return cls(goal="transfer", phases=phases, search="auto" if strategy == "auto" else "none")
 
     def views_of(self, phase: Phase) -> int | None:
-        """Returns how many views of an image a phase uses in turn; None: a new one each epoch."""
+        """Returns how many augmented views of an image a phase uses in turn.
+
+        0: the image as it is; None: a new view each epoch.
+        """
         if phase.learns == "all":
             return None
-        return 1 if self.augment == "none" else self.views
+        return 0 if self.augment == "none" else self.views
 
     @property
     def num_epochs(self) -> int:
         """Of the phases that iterate; a head is solved."""
         return sum(p.epochs for p in self.phases if p.epochs != "auto" and p.learns != "head")
 
-    def as_scratch(self) -> "Recipe":
+    def as_scratch(self, epochs: int | None = None) -> "Recipe":
         """Returns the control of a comparison, from a resolved transfer recipe.
 
         Every stage learns, at the scratch learning rate with warm-up, on the same data, with the
         same augmentation, batches and input size, for twice the epochs: a network that starts at
-        random needs more steps, and a control that is cut short would make "helped" cheap.
+        random needs more steps, and a control that is cut short would make "helped" cheap. Where
+        the transfer is searched for, so is the control.
+
+        Args:
+            epochs: Of the transfer, where its phases do not say.
         """
-        epochs = (
-            2 * sum(int(p.epochs) for p in self.phases if p.learns != "head") or 2 * MOST_EPOCHS
-        )
+        epochs = 2 * (epochs or self.num_epochs or MOST_EPOCHS)
         settled = {"goal": "scratch", "phases": (Phase(epochs=epochs),), "weight_decay": "auto"}
         return self.changed(settled)
 
     def resolved(self, *, normalisation: str, num_images: int, is_grey: bool) -> "Recipe":
-        """Returns the recipe with every `auto` settled.
+        """Returns the recipe with every `auto` settled; what a search decides stays open.
 
         Args:
             normalisation: `batch`, `other` or `none` (see `Backbone.normalisation`).
@@ -250,9 +276,13 @@ class Recipe(BaseModel):
         if augment == "auto":
             augment = "gentle" if is_grey else "natural"
         steps = ceil(num_images / int(batch))
-        phases = tuple(
-            self._resolved_phase(phase, normalisation, optimizer, int(batch), steps, num_images)
-            for phase in self.phases
+        phases = (
+            self.phases
+            if self.search == "auto"
+            else tuple(
+                self._resolved_phase(phase, normalisation, optimizer, int(batch), steps, num_images)
+                for phase in self.phases
+            )
         )
         changes = {"batch_size": batch, "optimizer": optimizer, "weight_decay": decay}
         return self.changed(changes | {"augment": augment, "phases": phases})
@@ -269,11 +299,13 @@ class Recipe(BaseModel):
         if lr == "auto":
             per_128 = {"sgd": 0.1 if normalisation == "batch" else 0.05}.get(optimizer, 0.001)
             lr = per_128 * batch / 128 * (1.0 if self.goal == "scratch" else 0.1)
+            lr *= phase.lr_factor
         batch_norm = phase.batch_norm
         if batch_norm == "auto":
             small = images < 1000 or batch < 16
             batch_norm = "frozen" if self.goal == "transfer" and small else "train"
-        return phase.model_copy(update={"epochs": epochs, "lr": lr, "batch_norm": batch_norm})
+        settled = {"epochs": epochs, "lr": lr, "lr_factor": 1.0, "batch_norm": batch_norm}
+        return phase.model_copy(update=settled)
 
     def changed(self, changes: Mapping[str, Any]) -> "Recipe":
         """Returns the recipe with other values; `epochs` and `lr` go to the phases that train.

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
 from regraft.data.batches import ONLY, Shard, eval_batches
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset, unusable
 from regraft.engine import Engine
 from regraft.errors import RegraftError, count, shorten
-from regraft.evaluation.predictions import EVAL_BATCH, infer
+from regraft.evaluation.predictions import eval_batch, infer
 from regraft.evaluation.testing import fitting_channels, labelled
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
@@ -26,16 +25,19 @@ from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
+from regraft.training.auto import Plan, Trial, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit, to_json
 from regraft.training.losses import SYNC_STEPS, Diverged
 from regraft.training.optim import (
+    adapt_batch_norm,
     refuse_frozen_random,
     refuse_missing_stages,
     refuse_single_images,
 )
 from regraft.training.recipe import Recipe
 
+POOLED_BELOW = 500  # images: fewer are judged in folds, not by a small split; assumed
 DEFAULT_SIZE = (224, 224)  # Krizhevsky et al. 2012 and most architectures since
 
 
@@ -51,6 +53,48 @@ class Stopped(RegraftError):
             hint=f"it can be used as it is: `regraft evaluate {run.folder} DATA`",
         )
         self.exit_code = 128 + number  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves: the Run, the Classifier in it, and the plan of a search's winner."""
+
+    run: Run
+    classifier: Classifier
+    plan: Plan | None
+
+
+@dataclass
+class _Kept:
+    """What a training tells, written into its Run."""
+
+    run: Run
+    classifier: Classifier
+    writes: bool
+    best: int | None = None
+    chosen: str | None = None
+    plan: Plan | None = None
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return {"best_epoch": self.best} | ({"chosen": self.chosen} if self.chosen else {})
+
+    def take(self, told: object) -> None:
+        if isinstance(told, Epoch):
+            self.best = told.epoch if told.is_best else self.best
+            if self.writes:
+                self.run.append_epoch(*to_json(told))
+        elif isinstance(told, Trial):
+            self.chosen = told.candidate if told.is_best else self.chosen
+            if self.writes:
+                self.run.append_trial(*told.to_json())
+                if told.is_best:  # from here on the Run holds a classifier, whatever comes
+                    self.classifier.save(self.run.final)
+        elif isinstance(told, Plan):
+            if self.writes:
+                name = "plan.json" if self.plan is None else "winner.json"
+                self.run.write(name, told.model_dump(mode="json"))
+            self.plan = told
 
 
 @dataclass(frozen=True)
@@ -89,6 +133,11 @@ class Session:
             inputs = cache.with_statistics(inputs, dataset.rows("train"))
         return cls(dataset, cache, inputs, engine, on_progress)
 
+    @property
+    def own_inputs(self) -> InputSpec:
+        """What a network expects that knows nothing of Dataset1: not even its mean and std."""
+        return self.cache.with_statistics(self.inputs, self.dataset.rows("train"))
+
     def features(self, backbone: Backbone) -> NDArray[np.float32]:
         """Returns the features of every image, not augmented.
 
@@ -97,7 +146,8 @@ class Session:
         """
         self.engine.place(backbone)
         if backbone.is_random:  # every process over all images: their statistics stay equal
-            update_bn(self._plain_batches("train", backbone.inputs, ONLY), backbone)
+            batches = self._plain_batches("train", backbone.inputs, ONLY)
+            adapt_batch_norm(backbone, batches, self.engine)
         batches = self._plain_batches(None, backbone.inputs, self.engine.shard)
         return infer(backbone, batches, self.engine)
 
@@ -106,7 +156,8 @@ class Session:
     ) -> Iterator[Tensor]:
         rows = np.arange(len(self.dataset.samples)) if split is None else self.dataset.rows(split)
         images, device = self.cache.images, self.engine.device
-        return eval_batches(images, rows, inputs, batch_size=EVAL_BATCH, device=device, shard=shard)
+        batch = eval_batch(inputs.size, device)
+        return eval_batches(images, rows, inputs, batch_size=batch, device=device, shard=shard)
 
     def resolved(self, recipe: Recipe, backbone: Backbone) -> Recipe:
         """Returns the recipe with every `auto` settled for this data and backbone.
@@ -122,9 +173,34 @@ class Session:
             is_grey=self.cache.is_grey,
         )
 
+    def pooled(self, recipe: Recipe) -> "Session":
+        """Returns the session in which few images are judged in folds, if the recipe searches.
+
+        A small validation split chooses by chance: its images then join those that learn.
+        """
+        samples = self.dataset.samples
+        number = sum(sample.split != "test" for sample in samples)
+        if recipe.search == "none" or number >= POOLED_BELOW:
+            return self
+        joined = [replace(s, split="train" if s.split == "val" else s.split) for s in samples]
+        session = replace(self, dataset=replace(self.dataset, samples=tuple(joined)))
+        if not session.material().folds():
+            return self
+        self.on_progress(
+            Note(f"data: {number} images are few: validation images learn too, all judge in folds")
+        )
+        return session
+
     def train(
-        self, backbone: Backbone, recipe: Recipe, out: Path, record: dict[str, Any]
-    ) -> tuple[Run, Classifier]:
+        self,
+        backbone: Backbone,
+        recipe: Recipe,
+        out: Path,
+        record: dict[str, Any],
+        *,
+        plan: Plan | None = None,
+        random: Callable[[], Backbone] | None = None,
+    ) -> Trained:
         """Trains a new head on the backbone by a resolved recipe, and writes the Run.
 
         Args:
@@ -132,6 +208,8 @@ class Session:
             recipe: Resolved.
             out: Folder of the Run, new.
             record: `verb`, and what `Start.record` gives for a transplanted backbone.
+            plan: Of a search, to repeat.
+            random: For a search, see `tune`.
 
         Raises:
             Stopped: A signal came; the Run holds the best epoch so far.
@@ -145,32 +223,34 @@ class Session:
         own = {"verb": record["verb"], "run": run.record["id"], "data": self.dataset.fingerprint}
         own |= {"train_images": len(self.dataset.rows("train")), "arch": backbone.arch}
         classifier.lineage = (*record.get("lineage", ()), own)
-        best: int | None = None
+        kept = _Kept(run, classifier, self.engine.is_main)
         caught: list[int] = []
+        material = self.material(recipe.train_share, recipe.seed)
+        if recipe.search == "none":
+            training: Iterable[Any] = fit(classifier, material, recipe, self.engine)
+        else:
+            training = tune(classifier, material, recipe, self.engine, plan=plan, random=random)
         try:
             with _signals(caught):
-                for told in fit(classifier, self._material(), recipe, self.engine):
-                    if isinstance(told, Epoch):
-                        best = told.epoch if told.is_best else best
-                        if self.engine.is_main:
-                            run.append_epoch(*to_json(told))
+                for told in training:
+                    kept.take(told)
                     self.on_progress(told)
                     if self._all_stop(caught, told):
                         break
         except BaseException as error:  # whatever ends it: no Run stays `running`
             if self.engine.is_main:
-                if best is not None and isinstance(error, Diverged):
+                if kept.best is not None and isinstance(error, Diverged):
                     classifier.save(run.final)
                 reason = str(error).split("\n")[0] or repr(error)
-                run.set_status(FAILED, reason=reason, best_epoch=best)
+                run.set_status(FAILED, reason=reason, **kept.status)
             raise
         if self.engine.is_main:
             classifier.save(run.final)
-            run.set_status(INTERRUPTED if caught else FINISHED, best_epoch=best)
+            run.set_status(INTERRUPTED if caught else FINISHED, **kept.status)
         self.engine.wait()
         if caught:
-            raise Stopped(run, caught[0], best)
-        return run, classifier
+            raise Stopped(run, caught[0], kept.best)
+        return Trained(run, classifier, kept.plan)
 
     def _all_stop(self, caught: list[int], told: object) -> bool:
         """Whether to stop here: several processes must agree, and at the same step."""
@@ -182,14 +262,26 @@ class Session:
             caught.append(signal.SIGTERM)  # where the signal came to another process
         return stop
 
-    def _material(self) -> Material:
-        data = self.dataset
-        rows = data.rows("train"), data.rows("val")
-        return Material(self.cache.images, data.labels, *rows, key=self.cache.key)
+    def material(self, share: float = 1.0, seed: int = 0) -> Material:
+        """Returns what may be learned from: no test rows, and a share of the training rows."""
+        data, train = self.dataset, self.dataset.rows("train")
+        if share < 1:
+            train = _drawn(train, data.labels, share, seed)
+        groups = None
+        if any(sample.group is not None for sample in data.samples):
+            names = [sample.group or sample.sha256 for sample in data.samples]
+            groups = np.unique(names, return_inverse=True)[1]
+        rows = train, data.rows("val")
+        return Material(self.cache.images, data.labels, *rows, groups, self.cache.key)
 
     def estimate(self, backbone: Backbone, recipes: Sequence[Recipe]) -> None:
         """Tells how long these trainings will take, from a measured step."""
-        phases = [phase for recipe in recipes for phase in recipe.phases if phase.learns != "head"]
+        phases = [
+            phase
+            for recipe in recipes
+            for phase in recipe.phases
+            if phase.learns != "head" and recipe.search == "none"  # a plan tells its own time
+        ]
         epochs = sum(int(phase.epochs) for phase in phases)
         if not epochs:
             return
@@ -272,13 +364,14 @@ class Start:
             channels = recipe.channels
         return replace(own.with_channels(channels), size=size)
 
-    def random_backbone(self, inputs: InputSpec, seed: int) -> Backbone:
-        """Returns the architecture with random weights."""
+    def random_backbone(self, inputs: InputSpec, seed: int | None) -> Backbone:
+        """Returns the architecture with random weights; seed None: with none worth the name."""
         return Backbone.create(self.arch, inputs, seed=seed)
 
     def backbone(self, inputs: InputSpec, seed: int) -> tuple[Backbone, list[Move]]:
         """Returns a new backbone with the start's weights, and the table of what moved."""
-        target = self.random_backbone(inputs, seed)
+        # Where every tensor is taken over, none need be drawn first.
+        target = self.random_backbone(inputs, seed if self.adapt else None)
         source = self.classifier.backbone.resized(inputs.size)
         return target, transplant(source, target, self.adapt)
 
@@ -335,6 +428,16 @@ def transplant_table(rows: Sequence[dict[str, Any]]) -> str:
         f"              {taken / backbone:.1%} of the backbone taken, checked after loading"
     )
     return "\n".join(lines)
+
+
+def _drawn(
+    rows: NDArray[np.int64], labels: NDArray[np.int64], share: float, seed: int
+) -> NDArray[np.int64]:
+    """Returns a share of the rows of each class, at least one."""
+    generator = np.random.default_rng(seed)
+    of_class = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
+    drawn = [generator.permutation(own)[: max(1, round(share * len(own)))] for own in of_class]
+    return np.sort(np.concatenate(drawn))
 
 
 def _head_row(what: str, width: int, num_classes: int) -> dict[str, Any]:

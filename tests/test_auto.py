@@ -1,0 +1,235 @@
+"""auto: what is tried, what is kept, and that a plan repeats itself."""
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from regraft import api
+from regraft.data.cache import Cache
+from regraft.data.dataset import Dataset
+from regraft.engine import Engine
+from regraft.inputs import InputSpec
+from regraft.models.backbone import Backbone
+from regraft.models.classifier import Classifier
+from regraft.progress import Note
+from regraft.run import Run
+from regraft.training import auto, loop
+from regraft.training.auto import LEAST_STEPS, Candidate, Plan, Trial, make_plan, tune
+from regraft.training.feeds import Material
+from regraft.training.loop import Step
+from regraft.training.recipe import Phase, Recipe
+from regraft.training.session import Stopped
+
+MakeShapes = Callable[..., Path]
+ENGINE = Engine("cpu", "fp32")
+NAMES = ("a", "b")
+
+
+@pytest.fixture
+def bars(make_shapes: MakeShapes) -> tuple[Material, InputSpec]:
+    dataset = Dataset.open(make_shapes(NAMES, 24))
+    cache, dataset = Cache.build(dataset, (32, 32), 3)
+    inputs = cache.with_statistics(InputSpec((32, 32), 3), dataset.rows("train"))
+    rows = (dataset.rows("train"), dataset.rows("val"))
+    return Material(cache.images, dataset.labels, *rows, key=cache.key), inputs
+
+
+def in_folds(material: Material) -> Material:
+    both = np.concatenate([material.train_rows, material.val_rows])
+    return replace(material, train_rows=np.sort(both), val_rows=both[:0])
+
+
+def start_of(inputs: InputSpec) -> Classifier:
+    backbone = Backbone.create("resnet10t", inputs)
+    backbone.random = frozenset()
+    return Classifier(backbone, NAMES)
+
+
+def recipe_for(material: Material, **changes: Any) -> Recipe:
+    recipe = Recipe.transfer("auto").changed({"epochs": 4, **changes})
+    return recipe.resolved(normalisation="batch", num_images=len(material.train_rows), is_grey=True)
+
+
+def trials(told: list[Any]) -> list[Trial]:
+    return [record for record in told if isinstance(record, Trial)]
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_best_of_all_that_was_tried_is_kept(
+    bars: tuple[Material, InputSpec], folded: bool
+) -> None:
+    material, inputs = bars
+    material = in_folds(material) if folded else material
+    classifier = start_of(inputs)
+    told = list(tune(classifier, material, recipe_for(material), ENGINE))
+    plans = [record for record in told if isinstance(record, Plan)]
+    assert [plan.folds for plan in plans] == [3 * folded] * 2
+    assert (len(plans[0].candidates), len(plans[1].candidates)) == (4, 1)
+    tried = trials(told)
+    assert tried[0].candidate == "probe" and tried[0].is_best
+    names = [trial.candidate for trial in tried if trial.share == (0.15 if folded else 0.1)]
+    assert names == ["firm", "bold", "gentle", "head"]
+    assert sum(trial.share == 0.25 for trial in tried) == (0 if folded else 2)
+    losses = [t.loss for t in tried if t.loss is not None]
+    best = [t.loss for t in tried if t.is_best and t.loss is not None]
+    assert best == sorted(best, reverse=True) and best[-1] == min(losses)
+    assert not classifier.training
+
+
+def test_the_same_plan_gives_the_same_bits(bars: tuple[Material, InputSpec]) -> None:
+    material, inputs = bars
+    first = start_of(inputs)
+    told = list(tune(first, material, recipe_for(material), ENGINE))
+    plan = next(record for record in told if isinstance(record, Plan))
+    again = start_of(inputs)
+    other_clock = Plan.model_validate_json(plan.model_dump_json())
+    repeated = list(tune(again, material, recipe_for(material), ENGINE, plan=other_clock))
+    assert [replace(t, elapsed_s=0) for t in trials(told)] == [
+        replace(t, elapsed_s=0) for t in trials(repeated)
+    ]
+    pairs = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_search_stopped_at_any_moment_holds_the_best_so_far(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    material, inputs = bars
+    reference = start_of(inputs)
+    whole = list(tune(reference, material, recipe_for(material), ENGINE))
+    for moment in range(1, len(whole), 7):
+        classifier, held = start_of(inputs), None
+        running = tune(classifier, material, recipe_for(material), ENGINE)
+        for _ in range(moment):
+            told = next(running)
+            if isinstance(told, Trial) and told.is_best:
+                held = {name: t.clone() for name, t in classifier.state_dict().items()}
+        in_last = sum(isinstance(record, Trial) for record in whole[moment:]) <= 4
+        running.close()
+        assert not classifier.training
+        if held is not None and not in_last:
+            now = classifier.state_dict()
+            assert all(torch.equal(held[name], now[name]) for name in held), moment
+
+
+def test_a_time_budget_shortens_schedules_then_drops_candidates() -> None:
+    phases = (Phase(learns="head", epochs=1), Phase(lr=0.1, epochs=40))
+    names = ("firm", "bold", "gentle", "head")
+    candidates = tuple(
+        Candidate(name=name, phases=phases[:1] if name == "head" else phases) for name in names
+    )
+    plan = Plan(candidates=candidates, epochs=40, steps_per_epoch=10, seconds_per_step=1.0)
+    # three that train on a tenth, two on a quarter, the winner in full; a head costs nothing
+    assert plan.seconds == pytest.approx(1.8 * 400)
+    half = plan.within(360)
+    assert (len(half.candidates), half.epochs) == (4, 20)
+    assert half.seconds <= 360
+    one = plan.within(60)
+    assert (len(one.candidates), one.rungs, one.epochs) == (1, (), 6)
+    assert one.epochs * one.steps_per_epoch >= LEAST_STEPS
+    assert [each.name for each in plan.within(5).candidates] == ["head"]
+    assert plan.within(10**6) == plan
+
+
+def test_a_given_learning_rate_is_not_searched_for(bars: tuple[Material, InputSpec]) -> None:
+    material, inputs = bars
+    recipe = recipe_for(material, lr=0.01)
+    backbone = start_of(inputs).backbone
+    plan = make_plan(backbone, material, recipe, ENGINE, "frozen")
+    assert {phase.lr for c in plan.candidates for phase in c.phases if phase.learns == "all"} == {
+        0.01
+    }
+    assert [each.name for each in plan.candidates] == ["firm", "bold", "head"]
+
+
+def test_images_that_judge_never_teach(
+    bars: tuple[Material, InputSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material, inputs = bars
+    material = in_folds(material)
+    seen: list[set[int]] = []
+    judged: list[set[int]] = []
+    fit = loop.fit
+
+    def watched(classifier: Any, part: Material, *rest: Any) -> Any:
+        seen.append(set(part.train_rows.tolist()))
+        assert not len(part.val_rows)
+        return fit(classifier, part, *rest)
+
+    logits = auto._Tuning.logits
+
+    def noted(self: Any, network: Any, rows: Any) -> Any:
+        judged.append(set(rows.tolist()))
+        return logits(self, network, rows)
+
+    monkeypatch.setattr(auto, "fit", watched)
+    monkeypatch.setattr(auto._Tuning, "logits", noted)
+    list(tune(start_of(inputs), material, recipe_for(material), ENGINE))
+    everything = set(material.train_rows.tolist())
+    assert seen[-1] == everything  # the winner learns from all
+    assert len(judged) == len(seen) - 1
+    for taught, held_out in zip(seen, judged, strict=False):
+        assert taught | held_out == everything and not taught & held_out
+
+
+def test_no_better_than_random_features_is_told_at_once(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    material, inputs = bars
+    classifier = start_of(inputs)
+
+    def same() -> Backbone:
+        return Backbone.create("resnet10t", inputs)
+
+    told = list(tune(classifier, material, recipe_for(material), ENGINE, random=same))
+    first = next(place for place, record in enumerate(told) if isinstance(record, Step))
+    notes = [record.text for record in told[:first] if isinstance(record, Note)]
+    assert any("no better than random ones" in text for text in notes)
+
+
+def test_finetune_searches_unless_told_and_the_run_says_what_was_tried(
+    make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 2})
+    data = make_shapes(NAMES, 20)
+    api.pretrain(data, out=tmp_path / "source", arch="resnet10t", recipe=recipe)
+    target = make_shapes(("c", "d"), 20, name="target", seed=1)
+    quick = Recipe.transfer("auto").changed({"epochs": 2})
+    run = api.finetune(target, out=tmp_path / "run", start=tmp_path / "source", recipe=quick)
+    assert run.status["chosen"] in {trial["candidate"] for trial in run.trials()}
+    assert {sample["split"] for sample in run.samples()} == {"train", "test"}  # few: in folds
+    plan = api.read_plan(run.folder / "plan.json")
+    assert plan.folds == 3
+    again = api.finetune(
+        target, out=tmp_path / "again", start=tmp_path / "source", recipe=quick, plan=plan
+    )
+    hashes = [(r.final / "model.safetensors").read_bytes() for r in (run, again)]
+    assert hashes[0] == hashes[1]
+    assert run.trials() == again.trials()
+    found = api.evaluate(run.folder, target)
+    assert found["n"] == sum(sample["split"] == "test" for sample in run.samples())
+
+
+def test_a_signal_during_the_search_leaves_a_usable_run(
+    make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 2})
+    api.pretrain(make_shapes(NAMES, 20), out=tmp_path / "s", arch="resnet10t", recipe=recipe)
+    target = make_shapes(("c", "d"), 20, name="target", seed=1)
+
+    def stop_at_a_step(record: Any) -> None:
+        if isinstance(record, Step):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        api.finetune(target, out=tmp_path / "run", start=tmp_path / "s", on_progress=stop_at_a_step)
+    run = Run.open(tmp_path / "run")
+    assert run.status["state"] == "interrupted"
+    assert run.status["chosen"] in ("probe", "adapted")
+    assert api.evaluate(run.folder, target)["n"] > 0
