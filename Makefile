@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp carries the checksum of what it installed: a .venv that is right starts at once.
 READY := .venv/ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-all lint bench
+.PHONY: setup demo test test-all lint bench quality
 setup: $(READY)
 
 $(READY):
@@ -32,3 +32,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
+
+quality: setup
+	$(BIN)/python benchmarks/quality.py

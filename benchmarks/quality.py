@@ -51,7 +51,7 @@ ARCH = f"{HERE / 'small_vgg.py'}:net"
 RESULTS = HERE / "results" / "quality"
 SOURCES = HOME / "quality-sources"
 STEPS, BATCH, MOST_TEST = 800, 32, 2000
-SEEDS = 4
+SEEDS = 3
 
 
 @dataclass(frozen=True)

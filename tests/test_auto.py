@@ -28,6 +28,7 @@ from regraft.training.session import Stopped
 
 MakeShapes = Callable[..., Path]
 ENGINE = Engine("cpu", "fp32")
+ARMS = ("transfer", "scratch")
 NAMES = ("a", "b")
 
 
@@ -233,3 +234,65 @@ def test_a_signal_during_the_search_leaves_a_usable_run(
     assert run.status["state"] == "interrupted"
     assert run.status["chosen"] in ("probe", "adapted")
     assert api.evaluate(run.folder, target)["n"] > 0
+
+
+def shuffled(start: Path, out: Path) -> Path:
+    """Writes the classifier with the values of each tensor in another order."""
+    classifier = Classifier.load(start)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in classifier.state_dict().values():
+            order = torch.randperm(tensor.numel(), generator=generator)
+            tensor.copy_(tensor.flatten()[order].view(tensor.shape))
+    classifier.save(out)
+    return out
+
+
+def test_weights_that_know_nothing_are_never_called_a_help(
+    make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 3})
+    api.pretrain(make_shapes(NAMES, 30), out=tmp_path / "s", arch="resnet10t", recipe=recipe)
+    start = shuffled(tmp_path / "s", tmp_path / "shuffled")
+    target = make_shapes(("c", "d", "e"), 24, name="target", seed=1)
+    head = Recipe.transfer("head")
+    found = api.compare(target, out=tmp_path / "c", start=start, seeds=3, recipe=head)
+    assert found["verdict"] in ("hurt", "cannot tell")
+    assert found["difference"] <= 0
+
+
+def test_both_arms_are_searched_and_the_control_has_at_least_as_many_steps(
+    make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 2})
+    api.pretrain(make_shapes(NAMES, 20), out=tmp_path / "s", arch="resnet10t", recipe=recipe)
+    target = make_shapes(("c", "d"), 24, name="target", seed=1)
+    quick = Recipe.transfer().changed({"epochs": 2})
+    found = api.compare(
+        target,
+        out=tmp_path / "c",
+        start=tmp_path / "s",
+        seeds=2,
+        recipe=quick,
+        fractions=(0.5, 1.0),
+    )
+    plans = {arm: api.read_plan(tmp_path / "c" / f"{arm}-0" / "plan.json") for arm in ARMS}
+    assert plans["scratch"].epochs == 2 * plans["transfer"].epochs
+    assert plans["scratch"].seconds / plans["scratch"].seconds_per_step >= (
+        plans["transfer"].seconds / plans["transfer"].seconds_per_step
+    )
+    for arm in ARMS:
+        first, second = (Run.open(tmp_path / "c" / f"{arm}-{seed}") for seed in (0, 1))
+        winner = api.read_plan(first.folder / "winner.json").candidates
+        assert api.read_plan(second.folder / "plan.json").candidates == winner
+        assert len(second.trials()) == 1, "the choice is not made again"
+        half = Run.open(tmp_path / "c" / f"{arm}@0.5-0")
+        assert half.record["recipe"]["train_share"] == 0.5
+        assert half.record["data"]["splits"] == first.record["data"]["splits"]
+    assert [point["share"] for point in found["curve"]] == [0.5, 1.0]
+    assert (
+        found["curve"][1]["transfer"]["values"]
+        == found["arms"]["transfer"]["balanced_accuracy"]["values"]
+    )
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert "What was tried" in page and "What the transfer saves" in page

@@ -246,7 +246,8 @@ def effective_rank(features_ND: Features) -> float:
 
     Source: Roy and Vetterli 2007, "The effective rank", EUSIPCO.
     """
-    chosen = features_ND[: 2 * features_ND.shape[1]].astype(np.float64)
-    singular = np.linalg.svd(chosen - chosen.mean(axis=0), compute_uv=False)
+    centred = features_ND.astype(np.float64) - features_ND.mean(axis=0)
+    tall = centred if len(centred) >= centred.shape[1] else centred.T
+    singular = np.sqrt(np.maximum(np.linalg.eigvalsh(tall.T @ tall), 0))
     share = singular[singular > 0] / singular.sum() if singular.sum() > 0 else np.ones(1)
     return float(np.exp(-(share * np.log(share)).sum()))

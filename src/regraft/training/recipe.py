@@ -19,7 +19,8 @@ from regraft.errors import RegraftError, UsageError
 Auto = Literal["auto"]
 STEPS_TO_LEARN = 500  # for fewer than 20,000 images: BiT-HyperRule, arXiv:1912.11370
 SCRATCH_EPOCHS = 30  # assumed: the least that a completed cosine needs; `--epochs` for more
-LEAST_EPOCHS, MOST_EPOCHS = 10, 60  # of a fine-tuning; assumed bounds around STEPS_TO_LEARN
+LEAST_EPOCHS, MOST_EPOCHS = 10, 250  # of a fine-tuning; assumed bounds around STEPS_TO_LEARN
+CONTROL_EPOCHS = 120  # of scratch beside a head that is solved at once; assumed ample
 
 
 class Phase(BaseModel):
@@ -250,7 +251,7 @@ class Recipe(BaseModel):
         Args:
             epochs: Of the transfer, where its phases do not say.
         """
-        epochs = 2 * (epochs or self.num_epochs or MOST_EPOCHS)
+        epochs = 2 * (epochs or self.num_epochs) or CONTROL_EPOCHS
         settled = {"goal": "scratch", "phases": (Phase(epochs=epochs),), "weight_decay": "auto"}
         return self.changed(settled)
 
