@@ -37,6 +37,7 @@ from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import quiet
+from regraft.training.auto import Trial
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, fit
 from regraft.training.recipe import Recipe
@@ -61,8 +62,35 @@ def frozen(folder: Path) -> Found:
     }
 
 
-def frozen_limit(folder: Path) -> Found:
-    """All images decoded once, and those of training and validation run through VGG16 once."""
+class _Enough(Exception):
+    pass
+
+
+def first(folder: Path) -> Found:
+    """`finetune` without options, until its first usable classifier is saved."""
+    began = time.perf_counter()
+    out = Path(os.environ["REGRAFT_CACHE"]) / "run"
+
+    def stop(told: object) -> None:
+        if isinstance(told, Trial):
+            raise _Enough
+
+    try:
+        api.finetune(
+            folder / "frozen",
+            out=out,
+            start=folder / "start",
+            recipe=Recipe.transfer().changed({"image_size": 128}),
+            on_progress=stop,
+        )
+    except _Enough:
+        seconds = time.perf_counter() - began
+    accuracy = api.evaluate(out, folder / "frozen")["accuracy"]["value"]
+    return {"seconds": seconds, "accuracy": accuracy}
+
+
+def frozen_limit(folder: Path, passes: int = 1) -> Found:
+    """All images decoded once, and those of training and validation run through VGG16."""
     engine = Engine()
     classifier = Classifier.load(folder / "start")
     inputs = replace(classifier.inputs, size=(128, 128))
@@ -81,17 +109,18 @@ def frozen_limit(folder: Path) -> Found:
         normalised(images[start : min(start + batch, number)], inputs, engine.device)
         for start in range(0, number, batch)
     ]
-    infer(classifier.backbone, batches, engine)
+    for _ in range(passes):
+        infer(classifier.backbone, batches, engine)
     return {"seconds": time.perf_counter() - began, "images": len(images)}
 
 
-def last_stage(folder: Path, *, stored: bool) -> Found:
+def last_stage(folder: Path, side: int, *, stored: bool) -> Found:
     """The fifth stage of VGG16 for 10 epochs, on decoded images."""
     engine = Engine()
     dataset = Dataset.open(folder / "frozen")
     start = Classifier.load(folder / "start")
-    backbone = start.backbone.resized((128, 128))
-    cache, dataset = Cache.build(dataset, (128, 128), 3)
+    backbone = start.backbone.resized((side, side))
+    cache, dataset = Cache.build(dataset, (side, side), 3)
     classifier = Classifier(backbone, dataset.class_names)
     engine.place(classifier)
     rows = dataset.rows("train"), dataset.rows("val")
@@ -237,8 +266,10 @@ if __name__ == "__main__":
     jobs = {
         "frozen": lambda: frozen(place),
         "frozen-limit": lambda: frozen_limit(place),
-        "last-stored": lambda: last_stage(place, stored=True),
-        "last-live": lambda: last_stage(place, stored=False),
+        "first": lambda: first(place),
+        "first-limit": lambda: frozen_limit(place, passes=2),
+        "last-stored": lambda: last_stage(place, int(sys.argv[3]), stored=True),
+        "last-live": lambda: last_stage(place, int(sys.argv[3]), stored=False),
         "scratch-vgg16": lambda: scratch(place, "vgg16"),
         "scratch-resnet50": lambda: scratch(place, "resnet50"),
         "limit-vgg16": lambda: scratch_limit(place, "vgg16"),

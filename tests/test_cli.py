@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from regraft import api, cli
+from regraft.arguments import parse_seconds, parse_shares
+from regraft.errors import UsageError
 from regraft.training.recipe import Recipe
 
 MakeFolder = Callable[..., Path]
@@ -255,3 +257,23 @@ def test_a_place_that_cannot_be_written_is_exit_5(
     said = capsys.readouterr().err
     assert "hint: check the place" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400), ("7", 7)]
+)
+def test_a_time_budget_is_read_as_people_write_it(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "0m", "-5s", "1d", ""])
+def test_no_time_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"write 90s, 20m or 2h"):
+        parse_seconds(text)
+
+
+def test_shares_are_read_and_what_is_none_is_refused() -> None:
+    assert parse_shares("0.1, 0.5,1") == (0.1, 0.5, 1.0)
+    assert parse_shares("") == ()
+    with pytest.raises(UsageError, match=r"no list of shares"):
+        parse_shares("half")

@@ -257,3 +257,22 @@ def test_own_code_must_be_named_again(tmp_path: Path) -> None:
         Classifier.load(tmp_path)
     assert Classifier.load(tmp_path, arch=arch).class_names == ("a", "b")
     assert str(tmp_path) not in (tmp_path / "final" / "model.json").read_text()
+
+
+def test_weights_that_will_be_loaded_are_not_drawn_and_everything_else_is_there() -> None:
+    inputs = InputSpec((64, 64), 3)
+    for arch in ("resnet10t", "swin_tiny_patch4_window7_224"):
+        drawn, undrawn = (Backbone.create(arch, inputs, seed=seed) for seed in (0, None))
+        undrawn.load_state_dict(drawn.state_dict())
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():  # buffers that no state holds (Swin's positions) are right too
+            assert torch.equal(drawn.eval()(images), undrawn.eval()(images))
+
+
+def test_the_features_of_the_last_stage_are_those_of_the_network() -> None:
+    backbone = Backbone.create("vgg11_bn", InputSpec((64, 64), 3)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        stages = backbone.stage_features(images)
+        assert torch.equal(stages[-1], backbone(images))
+    assert [stage.shape[1] for stage in stages] == [64, 128, 256, 512, 512]

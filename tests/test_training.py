@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit
-from regraft.training.optim import freeze, make_optimizer, scheduled_lr
+from regraft.training.optim import Average, freeze, make_optimizer, scheduled_lr
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Phase, Recipe
 
@@ -292,3 +293,78 @@ def test_a_solved_head_separates_what_can_be_separated(num_classes: int) -> None
     solution = solve_head(features, labels, [(np.arange(40), np.arange(40, 80))])
     assert (solution.logits(features[40:]).argmax(axis=1) == labels[40:]).all()
     assert solution.weight.shape == (num_classes, 6)
+
+
+def test_adapted_batch_norm_measures_the_training_images_then_stays(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs)
+    before = state_of(classifier.backbone)
+    phase = Phase(learns="head", epochs=1, batch_norm="adapt")
+    list(fit(classifier, found, settled(Recipe(goal="transfer", phases=(phase,)), found), ENGINE))
+    after = classifier.backbone.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    statistics = {name for name in before if "running" in name or "num_batches" in name}
+    assert changed == statistics
+    images = normalised(found.images[found.train_rows], inputs, CPU)
+    with torch.no_grad():
+        first = classifier.backbone.body.get_submodule("conv1.0")(images)
+    mean = after["body.conv1.1.running_mean"]
+    assert torch.allclose(mean, first.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_the_head_may_learn_faster_than_the_last_stage() -> None:
+    classifier = classifier_of("resnet10t", InputSpec((32, 32), 3))
+    phase = Phase(lr=1.0, head_factor=10.0, epochs=1)
+    freeze(classifier, phase)
+    optimizer = make_optimizer(classifier, phase, Recipe(weight_decay=0.1, optimizer="sgd"))
+    assert [group["factor"] for group in optimizer.param_groups[:2]] == [10.0, 10.0]
+    assert {group["factor"] for group in optimizer.param_groups[2:]} == {1.0}
+
+
+def test_frozen_tensors_are_not_averaged_and_learning_ones_are() -> None:
+    classifier = classifier_of("resnet10t", InputSpec((32, 32), 3))
+    phase = Phase(learns="last:1", lr=1.0, epochs=1)
+    freeze(classifier, phase)
+    averaged = Average(classifier, decay=0.9)
+    averaged.update()
+    top = dict(classifier.backbone.named_parameters())["body.layer4.0.conv1.weight"]
+    before = top.detach().clone()
+    with torch.no_grad():
+        top.add_(1.0)
+    averaged.update()
+    mean = dict(averaged.module.backbone.named_parameters())["body.layer4.0.conv1.weight"]
+    assert torch.allclose(mean, before + (1 - 2 / 11))  # the second decay is (1 + 1) / (10 + 1)
+    learning = {id(tensor) for tensor in averaged.averaged}
+    stem = dict(averaged.module.backbone.named_parameters())["body.conv1.0.weight"]
+    assert id(stem) not in learning
+
+
+def test_without_validation_images_the_last_epoch_is_kept(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    found, inputs = bars
+    found = replace(found, val_rows=found.val_rows[:0])
+    classifier = classifier_of("resnet10t", inputs, trained=False)
+    recipe = settled(Recipe.scratch().changed({"epochs": 3}), found)
+    told = [r for r in fit(classifier, found, recipe, ENGINE) if isinstance(r, Epoch)]
+    assert [record.val_loss for record in told] == [None] * 3
+    assert not any(record.is_best for record in told)
+    batch = normalised(found.images[found.train_rows], inputs, CPU)
+    kept = infer(classifier, [batch], ENGINE)
+    right = (kept.argmax(axis=1) == found.labels[found.train_rows]).mean()
+    assert right > 0.5
+
+
+def test_training_from_scratch_tells_what_each_stage_is_worth(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    found, inputs = bars
+    classifier = classifier_of("resnet10t", inputs, trained=False)
+    recipe = settled(Recipe.scratch().changed({"epochs": 2}), found)
+    told = [r for r in fit(classifier, found, recipe, ENGINE) if isinstance(r, Epoch)]
+    for record in told:
+        assert len(record.stage_probes) == len(classifier.backbone.stages)
+        assert all(0 <= score <= 1 for score in record.stage_probes)
+        assert record.effective_rank is not None and record.effective_rank >= 1

@@ -90,7 +90,7 @@ class TrainingArguments:
     seed: Annotated[int | None, Parameter(group=TRAINING)] = None
     """Of weights, order and augmentation."""
     time_budget: Annotated[str | None, Parameter(group=TRAINING)] = None
-    """Time for a search and its training, as 90s, 20m or 2h; default: what the epochs take."""
+    """Time for a search and its training, as 90s, 20m or 2h; default: at most 1h."""
     device: Annotated[str, Parameter(group=TRAINING)] = "auto"
     """auto, cpu, cuda, cuda:0 or mps."""
 

@@ -27,7 +27,7 @@ from regraft.evaluation.calibration import LEAST_IMAGES, calibrated_loss, fit_te
 from regraft.evaluation.predictions import infer
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
-from regraft.progress import Counting, Note
+from regraft.progress import Counting, Note, duration
 from regraft.training.feeds import Live, Material
 from regraft.training.loop import Epoch, Step, fit
 from regraft.training.optim import adapt_batch_norm
@@ -84,10 +84,8 @@ class Plan(BaseModel):
 
     @property
     def schedules(self) -> float:
-        """How many full schedules all of it takes, the winner's included; heads take none."""
-        trained = sum(any(p.learns != "head" for p in each.phases) for each in self.candidates)
-        tried = sum(share * min(number, trained) for share, number in self.trials())
-        return 1 + max(1, self.folds) * tried
+        """How many full schedules all of it takes, the winner's included."""
+        return 1 + max(1, self.folds) * sum(share * number for share, number in self.trials())
 
     @property
     def seconds(self) -> float:
@@ -95,17 +93,21 @@ class Plan(BaseModel):
         return self.schedules * self.epochs * self.steps_per_epoch * self.seconds_per_step
 
     def within(self, seconds: float) -> "Plan":
-        """Returns a plan that takes no longer: shorter schedules, then fewer candidates."""
-        for plan in (
-            self,
-            self.model_copy(update={"candidates": self.candidates[:1], "rungs": ()}),
-        ):
+        """Returns a plan that takes no longer: shorter schedules, then one candidate, then a head
+        alone; from random weights one epoch is the least.
+        """
+        epochs, alone = 0, self.settled(self.candidates[0].name, None)
+        for plan in (self, alone):
             epochs = int(plan.epochs * min(1.0, seconds / plan.seconds))
             shortest = min(plan.rungs, default=1.0) * epochs * plan.steps_per_epoch
             if shortest >= LEAST_STEPS:
                 return plan.model_copy(update={"epochs": epochs})
-        heads = tuple(each for each in self.candidates if len(each.phases) == 1)
-        return self.model_copy(update={"candidates": heads or self.candidates[:1], "rungs": ()})
+        first, *_ = alone.candidates[0].phases
+        if first.learns == "head":
+            alone = alone.model_copy(
+                update={"candidates": (Candidate(name="head", phases=(first,)),)}
+            )
+        return alone.model_copy(update={"epochs": max(1, epochs)})
 
     def settled(self, winner: str, temperature: float | None) -> "Plan":
         """Returns the plan of the winner alone: other seeds repeat no choice."""
@@ -129,7 +131,10 @@ class Plan(BaseModel):
             f"{number} for {max(1, round(share * self.epochs))} epochs"
             for share, number in self.trials()
         )
-        lines.append(f"      {rungs}{', ' if rungs else ''}the best for {self.epochs} epochs")
+        rungs = f"{rungs}, " if rungs else ""
+        lines.append(
+            f"      {rungs}the best for {self.epochs} epochs: about {duration(self.seconds)}"
+        )
         return "\n".join(lines)
 
 
@@ -255,12 +260,14 @@ def _probe(
     first = _probed(state, own.backbone)
     first.solution.copy_to(own.head)
     yield state.held("probe", 0, _held_out(state, own, first), own)
+    yield Note(f"probe: transplanted features, {first.told()}")
     policy: Policy = "frozen"
     if own.backbone.normalisation == "batch":
         _adapt(state, own.backbone)
         adapted = _probed(state, own.backbone)
         adapted.solution.copy_to(own.head)
         yield state.held("adapted", 0, _held_out(state, own, adapted), own)
+        yield Note(f"probe: with BatchNorm statistics of these images, {adapted.told()}")
         policy = "adapt" if adapted.loss < first.loss else "frozen"
         first = min(first, adapted, key=lambda found: found.loss)
     if random is not None:
@@ -268,10 +275,7 @@ def _probe(
         state.engine.place(fresh)
         _adapt(state, fresh)
         chance = _probed(state, fresh)
-        yield Note(
-            f"probe: loss {first.loss:.3f} on transplanted features, {chance.loss:.3f} on random "
-            "ones, images left out in turn"
-        )
+        yield Note(f"probe: features of random weights, {chance.told()}")
         if first.loss >= chance.loss:
             yield Note(
                 "warning: the transplanted features serve these classes no better than random "
@@ -303,15 +307,15 @@ def make_plan(
     backbone: Backbone, material: Material, recipe: Recipe, engine: Engine, policy: Policy
 ) -> Plan:
     """Returns what to try within the recipe's time budget; the clock is asked here alone."""
-    settle = {"normalisation": backbone.normalisation, "num_images": len(material.train_rows)}
+    norm, number = backbone.normalisation, len(material.train_rows)
     candidates: dict[tuple[Phase, ...], Candidate] = {}
     for name, phases in _candidates(recipe, policy):
         chosen = recipe.changed({"phases": phases, "search": "none"})
-        settled = chosen.resolved(**settle, is_grey=False).phases  # type: ignore[arg-type]
+        settled = chosen.resolved(normalisation=norm, num_images=number, is_grey=False).phases
         candidates.setdefault(settled, Candidate(name=name, phases=settled))
     epochs = max(int(p.epochs) for each in candidates for p in each)
-    steps = num_batches(len(material.train_rows), int(recipe.batch_size))
     size, batch = backbone.inputs.size, int(recipe.batch_size)
+    steps = num_batches(number, batch)
     seconds = batch * engine.seconds_per_image(backbone, backbone.inputs.channels, size, batch)
     seconds = float(engine.mean(torch.tensor(seconds, device=engine.device)))
     folds = 0 if len(material.val_rows) else len(material.folds())
@@ -323,7 +327,7 @@ def make_plan(
         steps_per_epoch=steps,
         seconds_per_step=seconds,
     )
-    return plan.within(recipe.time_budget) if recipe.time_budget else plan
+    return plan.within(recipe.time_budget)
 
 
 def _candidates(recipe: Recipe, policy: Policy) -> Iterator[tuple[str, tuple[Phase, ...]]]:

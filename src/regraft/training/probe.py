@@ -130,6 +130,14 @@ class Probe:
     knn: float
     effective_rank: float
 
+    def told(self) -> str:
+        """Returns the probe for people."""
+        return (
+            f"images left out in turn: loss {self.loss:.3f}, balanced accuracy "
+            f"{self.balanced_accuracy:.3f} +- {self.std_error:.3f}, nearest neighbours "
+            f"{self.knn:.3f}; effective rank {self.effective_rank:.1f}"
+        )
+
 
 def probe(features_ND: Features, labels_N: Labels, groups_N: Labels | None = None) -> Probe:
     """Returns the probe of these features; groups are left out as a whole.

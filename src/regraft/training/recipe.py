@@ -162,7 +162,7 @@ class Recipe(BaseModel):
         "candidates around these phases; the test images have no part in it",
     )
     time_budget: float = Field(
-        0.0, ge=0, description="seconds for the search and the training; 0: what the epochs take"
+        3600.0, gt=0, description="seconds for a search and its training, at most (assumed)"
     )
     train_share: float = Field(
         1.0, gt=0, le=1, description="share of the training images that is used, drawn by seed"
@@ -253,7 +253,8 @@ class Recipe(BaseModel):
         """
         epochs = 2 * (epochs or self.num_epochs) or CONTROL_EPOCHS
         settled = {"goal": "scratch", "phases": (Phase(epochs=epochs),), "weight_decay": "auto"}
-        return self.changed(settled)
+        # Three candidates on schedules twice as long: the clock must not cut them short.
+        return self.changed(settled | {"time_budget": 4 * self.time_budget})
 
     def resolved(self, *, normalisation: str, num_images: int, is_grey: bool) -> "Recipe":
         """Returns the recipe with every `auto` settled; what a search decides stays open.
