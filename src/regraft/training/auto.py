@@ -96,6 +96,8 @@ class Plan(BaseModel):
         """Returns a plan that takes no longer: shorter schedules, then one candidate, then a head
         alone; from random weights one epoch is the least.
         """
+        if self.seconds <= seconds:
+            return self
         epochs, alone = 0, self.settled(self.candidates[0].name, None)
         for plan in (self, alone):
             epochs = int(plan.epochs * min(1.0, seconds / plan.seconds))
