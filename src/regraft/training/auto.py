@@ -333,7 +333,7 @@ def make_plan(
 
 
 def _candidates(recipe: Recipe, policy: Policy) -> Iterator[tuple[str, tuple[Phase, ...]]]:
-    """Yields names and phases, what is most often right first."""
+    """Yields names and phases, what is most often right first (docs/log.md 2026-11-25)."""
     base = recipe.phases[-1]
     if recipe.goal == "scratch":
         for name, factor in (("lr x1", 1.0), ("lr x3", 3.0), ("lr x1/3", 1 / 3)):
@@ -342,7 +342,7 @@ def _candidates(recipe: Recipe, policy: Policy) -> Iterator[tuple[str, tuple[Pha
     head = Phase(learns="head", epochs=1, batch_norm=policy)
     follows = "train" if int(recipe.batch_size) > 2 else policy  # a batch of one has no variance
     for name, changes in (
-        ("bold", {"lr_factor": 10.0, "batch_norm": follows, "layer_decay": 1.0}),
+        ("bold", {"lr_factor": 30.0, "batch_norm": follows, "layer_decay": 1.0}),
         ("firm", {"lr_factor": 3.0, "batch_norm": policy}),
     ):
         yield name, (head, base.model_copy(update=changes))
