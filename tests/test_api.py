@@ -223,7 +223,8 @@ def test_an_interrupt_leaves_a_loadable_run(make_shapes: MakeShapes, tmp_path: P
     run = Run.open(tmp_path / "run")
     assert run.status == {"state": "interrupted", "best_epoch": 1}
     assert len(run.epochs()) == 1
-    Classifier.load(run.folder)
+    found = api.evaluate(run.folder, tmp_path / "shapes", split="val")
+    assert found["nll"]["value"] == pytest.approx(run.epochs()[0]["val_loss"], rel=1e-3)
     assert signal.getsignal(signal.SIGINT) is before
 
 

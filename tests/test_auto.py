@@ -14,6 +14,7 @@ from regraft import api
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.engine import Engine
+from regraft.errors import UsageError
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
@@ -232,6 +233,33 @@ def test_a_signal_during_the_search_leaves_a_usable_run(
     assert run.status["state"] == "interrupted"
     assert run.status["chosen"] in ("probe", "adapted")
     assert api.evaluate(run.folder, target)["n"] > 0
+
+
+def test_a_plan_of_other_data_or_of_no_search_is_refused(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    material, inputs = bars
+    classifier = start_of(inputs)
+    recipe = recipe_for(material)
+    told = list(tune(classifier, material, recipe, ENGINE))
+    plan = next(record for record in told if isinstance(record, Plan))
+    auto.refuse_unfitting_plan(plan, recipe, material, classifier.backbone)
+    with pytest.raises(UsageError, match="judged in 0 folds, these images in 3"):
+        auto.refuse_unfitting_plan(plan, recipe, in_folds(material), classifier.backbone)
+    with pytest.raises(UsageError, match="a plan is of a search"):
+        fixed = Recipe.transfer("head")
+        auto.refuse_unfitting_plan(plan, fixed, material, classifier.backbone)
+
+
+def test_a_winner_that_diverges_leaves_the_probe(bars: tuple[Material, InputSpec]) -> None:
+    material, inputs = bars
+    classifier = start_of(inputs)
+    recipe = recipe_for(material, lr=1e18, clip_norm=0.0)
+    told = list(tune(classifier, material, recipe, ENGINE))
+    best = [trial.candidate for trial in trials(told) if trial.is_best]
+    assert best[-1] in ("probe", "adapted")
+    assert any("what was best before is kept" in r.text for r in told if isinstance(r, Note))
+    assert all(torch.isfinite(tensor).all() for tensor in classifier.state_dict().values())
 
 
 def shuffled(start: Path, out: Path) -> Path:

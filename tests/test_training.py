@@ -368,3 +368,25 @@ def test_training_from_scratch_tells_what_each_stage_is_worth(
         assert len(record.stage_probes) == len(classifier.backbone.stages)
         assert all(0 <= score <= 1 for score in record.stage_probes)
         assert record.effective_rank is not None and record.effective_rank >= 1
+
+
+def test_a_network_is_compiled_where_it_is_asked_for_and_learns_the_same(
+    bars: tuple[Material, InputSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, inputs = bars
+    compiled: list[nn.Module] = []
+    original = torch.compile
+
+    def eagerly(network: nn.Module) -> object:
+        compiled.append(network)
+        return original(network, backend="eager")  # the tracing alone: no compiler is at hand
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+    states = []
+    for engine in (ENGINE, Engine("cpu", "fp32", compiles=True)):
+        classifier = classifier_of("resnet10t", inputs, trained=False)
+        recipe = settled(Recipe.scratch().changed({"epochs": 1}), found)
+        list(fit(classifier, found, recipe, engine))
+        states.append(state_of(classifier))
+    assert len(compiled) == 1
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -1,6 +1,6 @@
 """The verbs. Each reads like the sentence it carries out; the nouns do the work.
 
-`on_progress` is told `Note`, `Counting`, `Step` and `Epoch` records.
+`on_progress` is told `Note`, `Counting`, `Step`, `Epoch`, `Plan` and `Trial` records.
 """
 
 from collections.abc import Sequence
@@ -169,7 +169,8 @@ def compare(
     for share in sorted(set(fractions) - {1.0}):
         for seed in range(recipe.seed, recipe.seed + seeds):
             arms.run(seed, share)
-    comparison = _judged(arms, sorted(set(fractions) | {1.0}) if fractions else [])
+    shares = sorted(set(fractions) | {1.0})
+    comparison = _judged(arms, shares if len(shares) > 1 else [])
     if session.engine.is_main:
         write_json(out / "comparison.json", comparison)
         report([out], out=out / "report.html")
@@ -257,16 +258,18 @@ def read_plan(file: Place) -> Plan:
 def _worth_of_features(run: Run) -> str:
     """Returns what the features of the last epoch promise for a transfer."""
     last, number = run.epochs()[-1], len(run.class_names)
+    if last["effective_rank"] is None:
+        return "features: nothing to tell, no validation images saw the whole network"
     probes = " ".join(f"{score:.3f}" for score in last["stage_probes"])
     told = (
         f"features: effective rank {last['effective_rank']:.1f}; balanced accuracy of a ridge head "
         f"on each stage, from the stem to the top: {probes}"
     )
-    if last["effective_rank"] < number:
+    most = min(number, run.record["data"]["splits"]["val"])
+    if last["effective_rank"] < most - 1:
         told += (
-            f"\nwarning: the features use fewer directions than there are classes ({number}): they "
-            "have collapsed, and other classes may find nothing in them. A lower stage may serve "
-            "them better; `regraft finetune` looks"
+            f"\nwarning: the features use fewer directions than {number} classes need: they have "
+            "collapsed, and other classes may find nothing in them"
         )
     return told
 
@@ -332,7 +335,7 @@ class _Arms:
         plan = self.plans["transfer"]
         # Each arm's learning rate, weight decay and BatchNorm policy follow its own goal; data,
         # splits, augmentation, batches and input size are the same.
-        control = transfer.as_scratch(plan.epochs if plan else None)
+        control = transfer.as_scratch(plan.epochs if plan and plan.iterates else None)
         self._train("scratch", random, session.resolved(control, random), {"verb": "pretrain"})
 
     def _train(self, arm: str, network: Backbone, recipe: Recipe, record: dict[str, Any]) -> None:
@@ -372,9 +375,8 @@ def _probed(session: Session, backbone: Backbone) -> Predictions:
 def _judged(arms: _Arms, shares: Sequence[float]) -> dict[str, Any]:
     session, found = arms.session, arms.found
     judgement = judge(found["transfer"], found["scratch"], arms.metric)
-    number = len(session.dataset.rows("train"))
     curve = [
-        {"share": share, "num_images": round(share * number)}
+        {"share": share, "num_images": len(session.material(share).train_rows)}
         | {
             arm: summarise(found[arm if share == 1 else f"{arm}@{share:g}"], arms.metric)
             for arm in ("transfer", "scratch")

@@ -90,9 +90,11 @@ class TrainingArguments:
     seed: Annotated[int | None, Parameter(group=TRAINING)] = None
     """Of weights, order and augmentation."""
     time_budget: Annotated[str | None, Parameter(group=TRAINING)] = None
-    """Time for a search and its training, as 90s, 20m or 2h; default: at most 1h."""
+    """Time for a search and its training, as 90s, 20m or 2h; default: about 1h at most."""
     device: Annotated[str, Parameter(group=TRAINING)] = "auto"
     """auto, cpu, cuda, cuda:0 or mps."""
+    compile: Annotated[bool, Parameter(group=TRAINING, negative="")] = False
+    """Compile the network first: minutes at the start, faster steps on a GPU."""
 
     def settled(self, default: "Recipe") -> "Recipe":
         from regraft.training.recipe import Recipe, parse_assignments
@@ -117,7 +119,7 @@ class TrainingArguments:
     def engine(self) -> "Engine":
         from regraft.engine import Engine
 
-        return Engine(self.device)
+        return Engine(self.device, compiles=self.compile)
 
 
 def parse_seconds(text: str) -> float:
@@ -157,7 +159,7 @@ def required_start(start: Path | None, strategy: str | None) -> Path:
     strategy = strategy or DEFAULT_STRATEGY
     frozen = (
         ""
-        if strategy == "full"
+        if strategy in ("full", "auto")
         else (
             f": `--strategy {strategy}` would train a head on a frozen random backbone, which has "
             "learned nothing and never will"

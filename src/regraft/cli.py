@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -25,9 +25,6 @@ from regraft.terminal import (
     speaks,
     tell,
 )
-
-if TYPE_CHECKING:
-    pass
 
 app = App(
     name="regraft",

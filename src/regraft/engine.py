@@ -30,13 +30,17 @@ class Engine:
         shard: This process among all: (rank, number); (0, 1) where there is one.
         is_main: Whether this process writes and tells.
         is_first_here: Whether it is the one that fills the caches of its machine.
+        compiles: Whether networks are compiled before they are trained (`torch.compile`).
     """
 
-    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self, device: str = "auto", precision: str = "auto", *, compiles: bool = False
+    ) -> None:
         from accelerate import Accelerator
 
         _keep_freed_memory()
         chosen = _device(device)
+        self.compiles = compiles
         self.precision = _precision(chosen) if precision == "auto" else precision
         # Precision is ours (`autocast`): accelerate allows one per process for ever.
         self._accelerator: Accelerator = Accelerator(cpu=chosen.type == "cpu")
@@ -62,8 +66,12 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def distributed(self, network: nn.Module) -> nn.Module:
-        """Returns the network; among several processes, one whose gradients are their mean."""
+    def ready(self, network: nn.Module) -> nn.Module:
+        """Returns the network to train: compiled if asked for; among several processes, one whose
+        gradients are their mean.
+        """
+        if self.compiles:
+            network = torch.compile(network)  # type: ignore[assignment]
         if self.shard[1] == 1:
             return network
         return self._accelerator.prepare(network)  # type: ignore[no-any-return]
@@ -121,6 +129,7 @@ class Engine:
             "precision": self.precision,
             "threads": torch.get_num_threads(),
             "processes": self.shard[1],
+            "compiled": self.compiles,
             "cpu": torch.backends.cpu.get_cpu_capability(),
         }
 

@@ -89,14 +89,16 @@ class Backbone(nn.Module):
 
     def stage_features(self, images_BCHW: Tensor) -> list[Tensor]:
         """Returns the pooled outputs of each stage, from the stem to the top; the last ones are
-        what `forward` returns.
+        what `forward` returns. A stage of a user's network that gives no maps is left out.
         """
         found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _given: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.ndim in (2, 3, 4):
+                found.append(self._pooled(output))
+
         hooks = [
-            self.body.get_submodule(end).register_forward_hook(
-                lambda _module, _given, output: found.append(self._pooled(output))
-            )
-            for end in self._ends[:-1]
+            self.body.get_submodule(end).register_forward_hook(keep) for end in self._ends[:-1]
         ]
         try:
             top = self(images_BCHW)

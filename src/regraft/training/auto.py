@@ -1,8 +1,8 @@
 """auto: what a careful expert tries within the time given; a usable classifier at every moment.
 
 A ridge head on frozen features is there after one pass. A Plan then says what is tried, and for how
-long: the clock is asked once, before it is made. Candidates train on ever longer schedules, each to
-its end, and the better half goes on; the winner trains in full.
+long: the clock is asked once, before it is made. Candidates train on short schedules, each to its
+end; the one that held-out images like best trains in full.
 
 N images, K classes.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from regraft.data.batches import ONLY, Rows, num_batches
 from regraft.engine import Engine
-from regraft.errors import NumericError
+from regraft.errors import NumericError, UsageError
 from regraft.evaluation.calibration import LEAST_IMAGES, calibrated_loss, fit_temperature
 from regraft.evaluation.predictions import infer
 from regraft.models.backbone import Backbone
@@ -30,7 +30,11 @@ from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note, duration
 from regraft.training.feeds import Live, Material
 from regraft.training.loop import Epoch, Step, fit
-from regraft.training.optim import adapt_batch_norm
+from regraft.training.optim import (
+    adapt_batch_norm,
+    refuse_missing_stages,
+    refuse_single_images,
+)
 from regraft.training.probe import Probe, balanced, probe
 from regraft.training.recipe import Phase, Recipe
 
@@ -81,6 +85,11 @@ class Plan(BaseModel):
         for share in self.rungs:
             yield share, number
             number = ceil(number / 2)
+
+    @property
+    def iterates(self) -> bool:
+        """Whether a candidate does more than solve a head."""
+        return any(p.learns != "head" for each in self.candidates for p in each.phases)
 
     @property
     def schedules(self) -> float:
@@ -241,7 +250,7 @@ def tune(
     state = _Tuning(classifier, material, recipe, engine, origin)
     policy: Policy = "frozen"
     try:
-        if recipe.goal == "transfer" and (plan is None or plan.rungs):
+        if recipe.goal == "transfer":
             policy = yield from _probe(state, random)
         plan = plan or make_plan(classifier.backbone, material, recipe, engine, policy)
         yield plan
@@ -314,12 +323,13 @@ def make_plan(
     for name, phases in _candidates(recipe, policy):
         chosen = recipe.changed({"phases": phases, "search": "none"})
         settled = chosen.resolved(normalisation=norm, num_images=number, is_grey=False).phases
+        refuse_single_images(backbone, chosen.changed({"phases": settled}), number)
         candidates.setdefault(settled, Candidate(name=name, phases=settled))
     epochs = max(int(p.epochs) for each in candidates for p in each)
     size, batch = backbone.inputs.size, int(recipe.batch_size)
     steps = num_batches(number, batch)
     seconds = batch * engine.seconds_per_image(backbone, backbone.inputs.channels, size, batch)
-    seconds = float(engine.mean(torch.tensor(seconds, device=engine.device)))
+    seconds = float(engine.mean(torch.tensor(seconds, device=engine.device))) / engine.shard[1]
     folds = 0 if len(material.val_rows) else len(material.folds())
     plan = Plan(
         candidates=tuple(candidates.values()),
@@ -330,6 +340,27 @@ def make_plan(
         seconds_per_step=seconds,
     )
     return plan.within(recipe.time_budget)
+
+
+def refuse_unfitting_plan(
+    plan: Plan, recipe: Recipe, material: Material, backbone: Backbone
+) -> None:
+    """Refuses a plan that was made for other data, another network or no search.
+
+    Raises:
+        UsageError: It does not fit.
+    """
+    if recipe.search == "none":
+        raise UsageError("a plan is of a search", hint="leave `--strategy` out, or `--plan`")
+    for candidate in plan.candidates:
+        fixed = {"phases": candidate.phases, "search": "none"}
+        refuse_missing_stages(backbone, recipe.changed(fixed))
+    folds = 0 if len(material.val_rows) else len(material.folds(max(2, plan.folds)))
+    if plan.rungs and plan.folds != folds:
+        raise UsageError(
+            f"the plan is judged in {plan.folds} folds, these images in {folds}",
+            hint="leave `--plan` out: it was made for other images",
+        )
 
 
 def _candidates(recipe: Recipe, policy: Policy) -> Iterator[tuple[str, tuple[Phase, ...]]]:
@@ -359,7 +390,8 @@ def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[str, floa
             losses[candidate.name] = inf if trial.loss is None else trial.loss
             yield trial
         # What differs by less is equal, and the first is most often right.
-        alive = sorted(alive[:number], key=lambda each: round(losses[each.name], 3))
+        tried = sorted(alive[:number], key=lambda each: round(losses[each.name], 3))
+        alive = [each for each in tried if losses[each.name] < inf] or tried[:1]
     winner = alive[0].name
     labels_N = state.material.labels[state.material.judged]
     if plan.folds and winner in found and len(labels_N) >= LEAST_IMAGES:
@@ -410,6 +442,10 @@ def _finish(state: _Tuning, plan: Plan) -> Generator[Told, None, None]:
     try:
         yield from fit(network, material, state.recipe_of(winner, plan.epochs), state.engine)
         ended = True
+    except NumericError as error:
+        if state.best == inf:
+            raise
+        yield Note(f"{winner.name}: {str(error).splitlines()[0]}; what was best before is kept")
     finally:
         # Without validation images an unfinished training cannot be told from a better one.
         if len(material.val_rows):
@@ -417,8 +453,10 @@ def _finish(state: _Tuning, plan: Plan) -> Generator[Told, None, None]:
         elif ended:
             state.classifier.load_state_dict(network.state_dict())
             trial = Trial(winner.name, 1, None, None, monotonic() - state.started, is_best=True)
+        else:
+            trial = Trial(winner.name, 1, None, None, monotonic() - state.started)
     yield trial
-    if len(material.val_rows):
+    if ended and len(material.val_rows):
         yield from _blend(state, winner, network)
     labels_N = material.labels[material.val_rows]
     temperature = plan.temperature
@@ -438,7 +476,8 @@ def _blend(state: _Tuning, winner: Candidate, network: Classifier) -> Generator[
 
     Source: Wortsman et al. 2022, arXiv:2109.01903.
     """
-    if len(winner.phases) < 2 or winner.phases[0].learns != "head":
+    starts_with_head = len(winner.phases) > 1 and winner.phases[0].learns == "head"
+    if not starts_with_head or state.classifier.backbone.random:
         return
     before = state.fresh()
     head = Candidate(name="head", phases=winner.phases[:1])

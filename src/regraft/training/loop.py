@@ -8,7 +8,7 @@ B batch, C channels, H height, W width, D features, K classes.
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -148,14 +148,10 @@ class _Fit:
         if not len(rows):
             return told
         truth, names = self.material.labels[rows], self.classifier.class_names
-        watches = self.recipe.goal == "scratch"
-        through = (_Watched if watches else _Network)(network, self.feed)
-        outputs = infer(through, self.feed.plain_batches(rows), self.engine)
-        logits_NK = outputs[:, : len(names)]
-        if isinstance(through, _Watched) and through.ends:
-            stages = np.split(outputs[:MOST_WATCHED], through.ends, axis=1)[1:]
-            told = replace(told, **_worth(stages, truth[:MOST_WATCHED]))
-        probabilities = softmax(logits_NK)
+        through = _Network(network, self.feed)
+        probabilities = softmax(infer(through, self.feed.plain_batches(rows), self.engine))
+        if self.recipe.goal == "scratch" and isinstance(self.feed, Live):
+            told = replace(told, **self._worth(network.backbone))
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         val_loss = float(log_losses(probabilities, truth).mean())
         if not isfinite(val_loss):
@@ -172,6 +168,19 @@ class _Fit:
             is_best=is_best,
             elapsed_s=time.monotonic() - self.started,
         )
+
+    def _worth(self, backbone: Backbone) -> dict[str, Any]:
+        """Returns what the features of each stage would be worth to a new head."""
+        rows = np.random.default_rng(0).permutation(self.material.val_rows)[:MOST_WATCHED]
+        labels_N, own = self.material.labels[rows], np.arange(len(rows))
+        through = _Stages(backbone)
+        joined = infer(through, self.feed.plain_batches(rows), self.engine)
+        stages = np.split(joined, through.ends, axis=1)
+        logits = [solve_ridge(features_ND, labels_N, own)[1] for features_ND in stages]
+        return {
+            "effective_rank": effective_rank(stages[-1]),
+            "stage_probes": tuple(balanced(each.argmax(axis=1), labels_N) for each in logits),
+        }
 
 
 def fit(
@@ -234,7 +243,7 @@ def _solve(state: _Fit, phase: Phase) -> Iterator[Epoch]:
 def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
     recipe, engine = state.recipe, state.engine
     optimizer = make_optimizer(state.classifier, phase, recipe)
-    network = engine.distributed(_Network(state.classifier, state.feed))
+    network = engine.ready(_Network(state.classifier, state.feed))
     averaged = Average(state.classifier, recipe.ema_decay)
     steps_an_epoch = num_batches(len(state.material.train_rows), int(recipe.batch_size))
     num_steps = steps_an_epoch * int(phase.epochs)
@@ -292,30 +301,22 @@ class _Network(_Features):
         return logits_BK
 
 
-class _Watched(_Network):
-    """The classifier, with the features of each stage behind its logits.
+class _Stages(nn.Module):
+    """The features of all stages, side by side.
 
     Attributes:
-        ends: Where the logits end, and each stage but the last.
+        ends: Where each stage ends, but for the last.
     """
 
-    ends: tuple[int, ...] = ()
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.ends: tuple[int, ...] = ()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        stages = self.backbone.stage_features(images_BCHW)
-        parts = [self.head(stages[-1]), *(each.float() for each in stages)]
-        self.ends = tuple(accumulate(part.shape[1] for part in parts))[:-1]
-        return torch.cat(parts, dim=1)
-
-
-def _worth(stages: Sequence[NDArray[np.float32]], labels_N: NDArray[np.int64]) -> dict[str, Any]:
-    """Returns what the features of each stage would be worth to a new head."""
-    own = np.arange(len(labels_N))
-    logits = [solve_ridge(features_ND, labels_N, own)[1] for features_ND in stages]
-    return {
-        "effective_rank": effective_rank(stages[-1]),
-        "stage_probes": tuple(balanced(each.argmax(axis=1), labels_N) for each in logits),
-    }
+        stages = [each.float() for each in self.backbone.stage_features(images_BCHW)]
+        self.ends = tuple(accumulate(each.shape[1] for each in stages))[:-1]
+        return torch.cat(stages, dim=1)
 
 
 class _Pace:

@@ -105,9 +105,14 @@ def adapt_batch_norm(backbone: Backbone, batches: Iterable[Tensor], engine: Engi
     with evaluating(backbone), torch.no_grad(), engine.autocast():
         for norm in norms:  # these alone: dropout stays off
             norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
             norm.training = True
+        seen = 0
         for images_BCHW in batches:
+            if len(images_BCHW) == 1 and seen:
+                continue  # a single image has no variance
+            seen += len(images_BCHW)
+            for norm in norms:  # every image weighs the same
+                norm.momentum = len(images_BCHW) / seen
             backbone(images_BCHW)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

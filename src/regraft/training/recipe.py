@@ -158,11 +158,11 @@ class Recipe(BaseModel):
     )
     search: Literal["none", "auto"] = Field(
         "none",
-        description="auto: what learns, and at which rate, is chosen on held-out images among "
-        "candidates around these phases; the test images have no part in it",
+        description="auto: rate and BatchNorm policy are chosen on held-out images; of the phases "
+        "only `epochs` and a given `lr` count then. The test images have no part in it",
     )
     time_budget: float = Field(
-        3600.0, gt=0, description="seconds for a search and its training, at most (assumed)"
+        3600.0, gt=0, description="seconds of steps for a search and its training, about (assumed)"
     )
     train_share: float = Field(
         1.0, gt=0, le=1, description="share of the training images that is used, drawn by seed"
@@ -190,6 +190,13 @@ class Recipe(BaseModel):
         if value != "auto" and min(sides) < 1:
             raise ValueError("expected positive numbers or `auto`")
         return value
+
+    @model_validator(mode="after")
+    def _searchable(self) -> "Recipe":
+        learns = [phase.learns for phase in self.phases]
+        if self.search == "auto" and learns not in (["head", "all"], ["all"]):
+            raise ValueError("a search chooses its own phases: set search = none to give others")
+        return self
 
     @classmethod
     def scratch(cls) -> "Recipe":

@@ -2,8 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
-from regraft.training.auto import Plan, Trial, tune
+from regraft.training.auto import Plan, Trial, refuse_unfitting_plan, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit, to_json
 from regraft.training.losses import SYNC_STEPS, Diverged
@@ -226,12 +226,14 @@ class Session:
         kept = _Kept(run, classifier, self.engine.is_main)
         caught: list[int] = []
         material = self.material(recipe.train_share, recipe.seed)
+        if plan is not None:
+            refuse_unfitting_plan(plan, recipe, material, backbone)
         if recipe.search == "none":
-            training: Iterable[Any] = fit(classifier, material, recipe, self.engine)
+            training: Generator[Any, None, None] = fit(classifier, material, recipe, self.engine)
         else:
             training = tune(classifier, material, recipe, self.engine, plan=plan, random=random)
         try:
-            with _signals(caught):
+            with _signals(caught), closing(training):  # closed, it leaves the best weights
                 for told in training:
                     kept.take(told)
                     self.on_progress(told)
@@ -267,10 +269,9 @@ class Session:
         data, train = self.dataset, self.dataset.rows("train")
         if share < 1:
             train = _drawn(train, data.labels, share, seed)
-        groups = None
-        if any(sample.group is not None for sample in data.samples):
-            names = [sample.group or sample.sha256 for sample in data.samples]
-            groups = np.unique(names, return_inverse=True)[1]
+        # Copies of one picture are a group: they may not teach and judge.
+        names = [sample.group or sample.sha256 for sample in data.samples]
+        groups = np.unique(names, return_inverse=True)[1]
         rows = train, data.rows("val")
         return Material(self.cache.images, data.labels, *rows, groups, self.cache.key)
 
@@ -288,7 +289,7 @@ class Session:
         size, batch = self.inputs.size, int(recipes[0].batch_size)
         self.engine.place(backbone)
         seconds = self.engine.seconds_per_image(backbone, self.inputs.channels, size, batch)
-        total = seconds * epochs * len(self.dataset.rows("train"))
+        total = seconds * epochs * len(self.dataset.rows("train")) / self.engine.shard[1]
         shorter = ""
         if total > 3600 and min(size) > 64:
             smaller = total * 64 * 64 / (size[0] * size[1])  # work grows with the pixels
