@@ -246,8 +246,8 @@ def test_a_plan_of_other_data_or_of_no_search_is_refused(
     auto.refuse_unfitting_plan(plan, recipe, material, classifier.backbone)
     with pytest.raises(UsageError, match="judged in 0 folds, these images in 3"):
         auto.refuse_unfitting_plan(plan, recipe, in_folds(material), classifier.backbone)
+    fixed = Recipe.transfer("head")
     with pytest.raises(UsageError, match="a plan is of a search"):
-        fixed = Recipe.transfer("head")
         auto.refuse_unfitting_plan(plan, fixed, material, classifier.backbone)
 
 
