@@ -136,8 +136,8 @@ def compare(
     twice as long.
 
     Args:
-        fractions: Shares of the training images on which both arms are trained too: how many
-            images does the transfer save?
+        fractions: Shares of the training images on which both arms are trained too, as many epochs
+            on each: how many images does the transfer save? Validation images stay whole.
 
     Returns:
         `verdict` (helped, hurt, cannot tell), `metric`, `difference`, `low`, `high`, `arms`, ...
