@@ -244,7 +244,7 @@ def test_a_plan_of_other_data_or_of_no_search_is_refused(
     told = list(tune(classifier, material, recipe, ENGINE))
     plan = next(record for record in told if isinstance(record, Plan))
     auto.refuse_unfitting_plan(plan, recipe, material, classifier.backbone)
-    with pytest.raises(UsageError, match="judged in 0 folds, these images in 3"):
+    with pytest.raises(UsageError, match="judged in 0 folds, these images in 2"):
         auto.refuse_unfitting_plan(plan, recipe, in_folds(material), classifier.backbone)
     fixed = Recipe.transfer("head")
     with pytest.raises(UsageError, match="a plan is of a search"):
@@ -311,7 +311,8 @@ def test_both_arms_are_searched_and_the_control_has_at_least_as_many_steps(
         first, second = (Run.open(tmp_path / "c" / f"{arm}-{seed}") for seed in (0, 1))
         winner = api.read_plan(first.folder / "winner.json").candidates
         assert api.read_plan(second.folder / "plan.json").candidates == winner
-        assert len(second.trials()) == 1, "the choice is not made again"
+        shares = {trial["share"] for trial in second.trials()}
+        assert shares <= {0, 1}, "the choice is not made again"
         half = Run.open(tmp_path / "c" / f"{arm}@0.5-0")
         assert half.record["recipe"]["train_share"] == 0.5
         assert half.record["data"]["splits"] == first.record["data"]["splits"]

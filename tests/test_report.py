@@ -172,7 +172,7 @@ def make_comparison(
         "verdict": verdict,
         "metric": "balanced_accuracy",
         "difference": sign * 0.09218,
-        "low": sorted([sign * 0.06441, sign * 0.12017])[0],
+        "low": -0.06441 if verdict == "cannot tell" else min(sign * 0.06441, sign * 0.12017),
         "high": sorted([sign * 0.06441, sign * 0.12017])[1],
         "per_seed": [sign * 0.07, sign * 0.11],
         "num_seeds": 2,

@@ -150,12 +150,12 @@ class _Fit:
         truth, names = self.material.labels[rows], self.classifier.class_names
         through = _Network(network, self.feed)
         probabilities = softmax(infer(through, self.feed.plain_batches(rows), self.engine))
-        if self.recipe.goal == "scratch" and isinstance(self.feed, Live):
-            told = replace(told, **self._worth(network.backbone))
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         val_loss = float(log_losses(probabilities, truth).mean())
         if not isfinite(val_loss):
             raise diverged("validation loss", val_loss, self.epoch, 0.0)
+        if self.recipe.goal == "scratch" and isinstance(self.feed, Live):
+            told = replace(told, **self._worth(network.backbone))
         is_best = val_loss < self.best_loss
         if is_best:
             self.best_loss = val_loss

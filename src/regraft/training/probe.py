@@ -173,9 +173,10 @@ def solve_ridge(
 
     Source: Hastie, Tibshirani and Friedman 2009, 3.4.1 and 7.10 (leave-one-out in closed form).
     """
-    mean, std = features_ND.mean(axis=0), features_ND.std(axis=0)
+    wide_ND = features_ND.astype(np.float64)
+    mean, std = wide_ND.mean(axis=0), wide_ND.std(axis=0)
     std = np.where(std > 1e-6, std, 1.0)  # a dead feature stays out of it
-    x_ND = ((features_ND - mean) / std).astype(np.float64)
+    x_ND = (wide_ND - mean) / std
     targets_NK = np.eye(int(labels_N.max()) + 1)[labels_N] * 2 - 1
     offset_K = targets_NK.mean(axis=0)
     number, width = x_ND.shape
@@ -254,7 +255,8 @@ def effective_rank(features_ND: Features) -> float:
 
     Source: Roy and Vetterli 2007, "The effective rank", EUSIPCO.
     """
-    centred = features_ND.astype(np.float64) - features_ND.mean(axis=0)
+    wide_ND = features_ND.astype(np.float64)
+    centred = wide_ND - wide_ND.mean(axis=0)
     tall = centred if len(centred) >= centred.shape[1] else centred.T
     singular = np.sqrt(np.maximum(np.linalg.eigvalsh(tall.T @ tall), 0))
     share = singular[singular > 0] / singular.sum() if singular.sum() > 0 else np.ones(1)
