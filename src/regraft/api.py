@@ -335,7 +335,7 @@ class _Arms:
         plan = self.plans["transfer"]
         # Each arm's learning rate, weight decay and BatchNorm policy follow its own goal; data,
         # splits, augmentation, batches and input size are the same.
-        control = transfer.as_scratch(plan.epochs if plan and plan.iterates else None)
+        control = transfer.as_scratch(plan.epochs if plan else None)
         self._train("scratch", random, session.resolved(control, random), {"verb": "pretrain"})
 
     def _train(self, arm: str, network: Backbone, recipe: Recipe, record: dict[str, Any]) -> None:

@@ -56,6 +56,12 @@ class Candidate(BaseModel):
     name: str
     phases: tuple[Phase, ...]
 
+    @property
+    def head(self) -> "Candidate | None":
+        """The head alone, where the candidate begins with it."""
+        first = self.phases[0]
+        return Candidate(name="head", phases=(first,)) if first.learns == "head" else None
+
 
 class Plan(BaseModel):
     """What will be tried. The clock has a say here and nowhere else: a plan gives one result.
@@ -87,11 +93,6 @@ class Plan(BaseModel):
             number = ceil(number / 2)
 
     @property
-    def iterates(self) -> bool:
-        """Whether a candidate does more than solve a head."""
-        return any(p.learns != "head" for each in self.candidates for p in each.phases)
-
-    @property
     def schedules(self) -> float:
         """How many full schedules all of it takes, the winner's included."""
         return 1 + max(1, self.folds) * sum(share * number for share, number in self.trials())
@@ -107,24 +108,20 @@ class Plan(BaseModel):
         """
         if self.seconds <= seconds:
             return self
-        epochs, alone = 0, self.settled(self.candidates[0].name, None)
+        epochs, alone = 0, self.settled(self.candidates[0], None)
         for plan in (self, alone):
             epochs = int(plan.epochs * min(1.0, seconds / plan.seconds))
             shortest = min(plan.rungs, default=1.0) * epochs * plan.steps_per_epoch
             if shortest >= LEAST_STEPS:
                 return plan.model_copy(update={"epochs": epochs})
-        first, *_ = alone.candidates[0].phases
-        if first.learns == "head":
-            alone = alone.model_copy(
-                update={"candidates": (Candidate(name="head", phases=(first,)),)}
-            )
+        if head := self.candidates[0].head:
+            return self.settled(head, None)  # `epochs` stay: they are the measure of the control's
         return alone.model_copy(update={"epochs": max(1, epochs)})
 
-    def settled(self, winner: str, temperature: float | None) -> "Plan":
+    def settled(self, winner: Candidate, temperature: float | None) -> "Plan":
         """Returns the plan of the winner alone: other seeds repeat no choice."""
-        chosen = tuple(each for each in self.candidates if each.name == winner)
         return self.model_copy(
-            update={"candidates": chosen, "rungs": (), "temperature": temperature}
+            update={"candidates": (winner,), "rungs": (), "temperature": temperature}
         )
 
     def told(self) -> str:
@@ -379,9 +376,15 @@ def _candidates(recipe: Recipe, policy: Policy) -> Iterator[tuple[str, tuple[Pha
         yield name, (head, base.model_copy(update=changes))
 
 
-def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[str, float | None]]:
-    """Returns the winner's name, and its temperature if all images were held out in turn."""
+def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[Candidate, float | None]]:
+    """Returns the winner, and its temperature if all images were held out in turn.
+
+    In folds nothing is left to compare a full training with: where no candidate was better than the
+    probe, the head alone wins.
+    """
+    probed = state.best
     alive, found = list(plan.candidates), dict[str, Logits]()
+    losses: dict[str, float] = {}
     for share, number in plan.trials():
         losses = {}
         for candidate in alive[:number]:
@@ -392,10 +395,13 @@ def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[str, floa
         # What differs by less is equal, and the first is most often right.
         tried = sorted(alive[:number], key=lambda each: round(losses[each.name], 3))
         alive = [each for each in tried if losses[each.name] < inf] or tried[:1]
-    winner = alive[0].name
+    winner = alive[0]
+    is_better = bool(found) and round(min(losses.values()), 3) < round(probed, 3)
+    if plan.folds and plan.rungs and not is_better:
+        winner = winner.head or winner
     labels_N = state.material.labels[state.material.judged]
-    if plan.folds and winner in found and len(labels_N) >= LEAST_IMAGES:
-        return winner, fit_temperature(found[winner], labels_N)
+    if plan.folds and winner.name in found and len(labels_N) >= LEAST_IMAGES:
+        return winner, fit_temperature(found[winner.name], labels_N)
     return winner, plan.temperature
 
 
