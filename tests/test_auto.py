@@ -21,9 +21,10 @@ from regraft.models.classifier import Classifier
 from regraft.progress import Note
 from regraft.run import Run
 from regraft.training import auto, loop
-from regraft.training.auto import LEAST_STEPS, Candidate, Plan, Trial, make_plan, tune
+from regraft.training.auto import Trial, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Step
+from regraft.training.plan import LEAST_STEPS, Candidate, Plan, make_plan, refuse_unfitting_plan
 from regraft.training.recipe import Phase, Recipe
 from regraft.training.session import Stopped
 
@@ -243,12 +244,12 @@ def test_a_plan_of_other_data_or_of_no_search_is_refused(
     recipe = recipe_for(material)
     told = list(tune(classifier, material, recipe, ENGINE))
     plan = next(record for record in told if isinstance(record, Plan))
-    auto.refuse_unfitting_plan(plan, recipe, material, classifier.backbone)
+    refuse_unfitting_plan(plan, recipe, material, classifier.backbone)
     with pytest.raises(UsageError, match="judged in 0 folds, these images in 2"):
-        auto.refuse_unfitting_plan(plan, recipe, in_folds(material), classifier.backbone)
+        refuse_unfitting_plan(plan, recipe, in_folds(material), classifier.backbone)
     fixed = Recipe.transfer("head")
     with pytest.raises(UsageError, match="a plan is of a search"):
-        auto.refuse_unfitting_plan(plan, fixed, material, classifier.backbone)
+        refuse_unfitting_plan(plan, fixed, material, classifier.backbone)
 
 
 def test_a_winner_that_diverges_leaves_the_probe(bars: tuple[Material, InputSpec]) -> None:

@@ -38,8 +38,8 @@ from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting, quiet
 from regraft.run import FINISHED, Run, refuse_existing, refuse_inside
 from regraft.storage import read_json, write_json
-from regraft.training.auto import Plan
 from regraft.training.loop import Epoch
+from regraft.training.plan import Plan
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Recipe
 from regraft.training.session import DEFAULT_SIZE, Session, Start, transplant_table

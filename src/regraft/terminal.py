@@ -136,8 +136,9 @@ class Teller:
 
     def __call__(self, record: Any) -> None:
         from regraft.progress import Counting, Note, duration
-        from regraft.training.auto import Plan, Trial
+        from regraft.training.auto import Trial
         from regraft.training.loop import Epoch, Step
+        from regraft.training.plan import Plan
 
         if isinstance(record, Note):
             self.console.print(record.text, markup=False)

@@ -25,7 +25,7 @@ from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
-from regraft.training.auto import Plan, Trial, refuse_unfitting_plan, tune
+from regraft.training.auto import Trial, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit, to_json
 from regraft.training.losses import SYNC_STEPS, Diverged
@@ -35,6 +35,7 @@ from regraft.training.optim import (
     refuse_missing_stages,
     refuse_single_images,
 )
+from regraft.training.plan import Plan, refuse_unfitting_plan
 from regraft.training.recipe import Recipe
 
 POOLED_BELOW = 500  # images: fewer are judged in folds, not by a small split; assumed
