@@ -13,7 +13,7 @@ $(READY):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' constraints.txt)
 	# Compiled once here: importing torch without bytecode takes up to 10 s at every start.
 	UV_COMPILE_BYTECODE=1 $(BIN)/uv pip install --quiet --python $(BIN)/python \
-		--constraint constraints.txt --group test --group lint --editable .
+		--constraint constraints.txt --group test --group lint --editable '.[all]'
 	@rm -f .venv/ready-* && touch $(READY)
 
 demo: setup
