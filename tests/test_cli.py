@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from regraft import api, cli
-from regraft.arguments import parse_seconds, parse_shares
+from regraft.commands.arguments import parse_seconds, parse_shares
 from regraft.errors import UsageError
 from regraft.training.recipe import Recipe
 
