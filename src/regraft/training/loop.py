@@ -130,6 +130,20 @@ class _Fit:
         weights = len(labels) / (len(counts) * np.maximum(counts, 1))
         return torch.tensor(weights, dtype=torch.float32, device=self.engine.device)
 
+    @cached_property
+    def moving(self) -> frozenset[str]:
+        """Names of the tensors that some phase changes: the others need no copy of the best."""
+        backbone = self.classifier.backbone
+        stages = {s for p in self.recipe.phases for s in learning_stages(backbone, p)}
+        frozen = {
+            f"backbone.{name}"
+            for stage, names in enumerate(backbone.stages)
+            for name in names
+            if stage not in stages
+        }
+        buffers = {name for name, _ in self.classifier.named_buffers()}
+        return frozenset(self.classifier.state_dict()) - (frozen - buffers)
+
     def features(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         network = _Features(self.classifier.backbone, self.feed)
         return infer(network, self.feed.plain_batches(rows), self.engine)
@@ -159,7 +173,10 @@ class _Fit:
         is_best = val_loss < self.best_loss
         if is_best:
             self.best_loss = val_loss
-            self.best_state = {name: t.detach().clone() for name, t in network.state_dict().items()}
+            self.best_state = {
+                name: tensor.detach().clone() if name in self.moving else tensor.detach()
+                for name, tensor in network.state_dict().items()
+            }
         return replace(
             told,
             val_loss=val_loss,

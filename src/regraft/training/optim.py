@@ -181,7 +181,9 @@ class Average:
     """
 
     def __init__(self, classifier: Classifier, decay: float) -> None:
-        self.module = deepcopy(classifier)
+        # What is frozen is shared.
+        shared = {id(each): each for each in classifier.parameters() if not each.requires_grad}
+        self.module = deepcopy(classifier, shared)
         self.decay = decay
         self.steps = 0
         parameters = zip(self.module.parameters(), classifier.parameters(), strict=True)

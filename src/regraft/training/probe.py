@@ -4,12 +4,14 @@ N images, D features, K classes.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from regraft.evaluation.calibration import calibrated_loss, fit_temperature
 from regraft.evaluation.metrics import log_losses
@@ -26,6 +28,16 @@ MOST_ITERATIONS = 500
 PENALTIES = np.logspace(-4, 2, 13)
 NEIGHBOURS = (1, 5, 20)
 MOST_NEIGHBOURED = 4000  # images whose distances fit into memory; assumed
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def one_thread(function: Function) -> Function:
+    """Keeps linear algebra on one thread.
+
+    A second one of OpenBLAS waits by spinning: beside another job on the same cores one thread is
+    3 to 25 times as fast (docs/log.md 2026-11-25).
+    """
+    return cast(Function, threadpool_limits.wrap(limits=1, user_api="blas")(function))
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Solution:
             head.bias.copy_(torch.from_numpy(self.bias))
 
 
+@one_thread
 def solve_head(
     features_ND: Features, labels_N: Labels, folds: Sequence[Fold], *, balanced: bool = False
 ) -> Solution:
@@ -139,6 +152,7 @@ class Probe:
         )
 
 
+@one_thread
 def probe(features_ND: Features, labels_N: Labels, groups_N: Labels | None = None) -> Probe:
     """Returns the probe of these features; groups are left out as a whole.
 
@@ -162,6 +176,7 @@ def probe(features_ND: Features, labels_N: Labels, groups_N: Labels | None = Non
     )
 
 
+@one_thread
 def solve_ridge(
     features_ND: Features, labels_N: Labels, groups_N: Labels
 ) -> tuple[Solution, NDArray[np.float32]]:
@@ -250,6 +265,7 @@ def balanced(predicted_N: Labels, labels_N: Labels) -> float:
     return float(np.mean([right[labels_N == label].mean() for label in np.unique(labels_N)]))
 
 
+@one_thread
 def effective_rank(features_ND: Features) -> float:
     """Returns the exponential of the entropy of the normalised singular values.
 
