@@ -67,6 +67,7 @@ def infer(
     network: nn.Module,
     batches: Iterable[Tensor],
     engine: Engine,
+    batch_size: int = 0,
 ) -> NDArray[np.float32]:
     """Returns the network's outputs for all images in order; it is put back as it was.
 
@@ -74,12 +75,29 @@ def infer(
         network: Put into evaluation mode.
         batches: Of this process's shard, see `eval_batches`; the outputs are those of all.
         engine: Where and how to compute.
+        batch_size: To which smaller batches are filled up, see `outputs_of`.
     """
     outputs = []
     with evaluating(network), torch.inference_mode(), engine.autocast():
         for batch in batches:
-            outputs.append(network(batch).float().cpu().numpy())
+            outputs.append(outputs_of(network, batch, batch_size))
     return np.concatenate(engine.gathered(outputs))
+
+
+def outputs_of(network: nn.Module, images_BCHW: Tensor, batch_size: int = 0) -> NDArray[np.float32]:
+    """Returns the network's outputs for one batch, which blank images fill up to `batch_size`.
+
+    Kernels are chosen by the number of images, and round differently: one image alone, or the last
+    few of a folder, would get other bits than the same images among others (docs/log.md
+    2026-11-25). In batches of one size an image's outputs depend on nothing but the image.
+    """
+    number = len(images_BCHW)
+    if missing := max(0, batch_size - number):
+        blank = images_BCHW.new_zeros(missing, *images_BCHW.shape[1:])
+        images_BCHW = torch.cat([images_BCHW, blank])
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+    outputs: NDArray[np.float32] = network(images_BCHW)[:number].float().cpu().numpy()
+    return outputs
 
 
 def softmax(logits_NK: NDArray[np.float32]) -> NDArray[np.float64]:

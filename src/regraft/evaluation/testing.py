@@ -30,6 +30,7 @@ from regraft.evaluation.predictions import (
     Predictions,
     eval_batch,
     infer,
+    outputs_of,
     softmax,
     to_csv,
 )
@@ -124,15 +125,16 @@ def predict_dataset(
     classifier: Classifier, dataset: Dataset, cache: Cache, rows: NDArray[np.int64], engine: Engine
 ) -> Predictions:
     """Returns predictions for these rows: in order, not augmented, with truth and groups."""
+    batch_size = eval_batch(classifier.inputs.size, engine.device)
     batches = eval_batches(
         cache.images,
         rows,
         classifier.inputs,
-        batch_size=eval_batch(classifier.inputs.size, engine.device),
+        batch_size=batch_size,
         device=engine.device,
         shard=engine.shard,
     )
-    return tabulate(infer(classifier, batches, engine), dataset, rows)
+    return tabulate(infer(classifier, batches, engine, batch_size), dataset, rows)
 
 
 def tabulate(
@@ -225,7 +227,7 @@ def predict_files(
         if waiting:
             yield _stacked(waiting, inputs, engine)
 
-    outputs = list(_infer_all(classifier, batches(), engine))
+    outputs = list(_infer_all(classifier, batches(), engine, batch_size))
     if not outputs:
         return None, broken
     probabilities = softmax(np.concatenate(outputs))
@@ -233,11 +235,11 @@ def predict_files(
 
 
 def _infer_all(
-    classifier: Classifier, batches: Iterator[Tensor], engine: Engine
+    classifier: Classifier, batches: Iterator[Tensor], engine: Engine, batch_size: int
 ) -> Iterator[NDArray[np.float32]]:
     with evaluating(classifier), torch.inference_mode(), engine.autocast():
         for images_BCHW in batches:
-            yield classifier(images_BCHW).float().cpu().numpy()
+            yield outputs_of(classifier, images_BCHW, batch_size)
 
 
 def _stacked(waiting: Sequence[Pixels], inputs: InputSpec, engine: Engine) -> Tensor:
