@@ -29,7 +29,7 @@ DOORS = {
     "PIL": {"data/decode.py"},
     "cyclopts": {"cli.py", *COMMANDS},
     "rich": {"terminal.py"},
-    "jinja2": {"delivery/report.py"},
+    "jinja2": {"delivery/pages.py"},
     "matplotlib": {"delivery/figures.py"},
 }
 LAZY = {"timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich"}

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from regraft.delivery.report import readable, write_report
+from regraft.delivery.pages import readable, source_hash
+from regraft.delivery.report import write_report
 from regraft.errors import ArtefactError, UsageError
 
 HOSTILE = (
@@ -228,7 +229,9 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
             assert str(attributes[name]).startswith(expected)
     assert page.count("style") == 1
     policy = [a["content"] for t, a in page.elements if a.get("http-equiv")]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    style = source_hash(page.source.split("<style>")[1].split("</style>")[0])
+    assert policy == [f"default-src 'none'; style-src {style}; img-src data:"]
+    assert not any("style" in attributes for _, attributes in page.elements)
 
 
 def test_hostile_class_names_stay_text(tmp_path: Path) -> None:

@@ -175,6 +175,13 @@ def _inline(svg: str, description: str) -> str:
     body = re.sub(r"<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r" font-family: [^;]*;", "", body)  # the page's own font
+    # As attributes: the policy of a page allows no `style` but the sheet that it names.
+    body = re.sub(r' style="([^"]*)"', lambda found: _attributes(found[1]), body)
     for stand_in, variable in VARIABLES.items():
         body = body.replace(stand_in, f"var(--{variable})")
     return f'<svg {box.group()} role="img" aria-label="{html.escape(description)}">{body}'
+
+
+def _attributes(style: str) -> str:
+    pairs = (part.split(":", 1) for part in style.split(";") if part.strip())
+    return "".join(f' {name.strip()}="{value.strip()}"' for name, value in pairs)

@@ -1,19 +1,13 @@
-"""Report: one self-contained HTML page about Runs and comparisons. It shows, and computes nothing.
-
-Names of classes, files and folders come from anywhere: the template escapes all that it shows
-(`autoescape`), and `readable` spells out what would be invisible or turn the text around.
-"""
+"""Report: one self-contained HTML page about Runs and comparisons. It shows, computes nothing."""
 
 import base64
-import math
 import re
-import unicodedata
-from collections.abc import Callable, Sequence
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from regraft.delivery.figures import Series, arms, curves, label_efficiency, paired_differences
+from regraft.delivery.pages import placeless, rendered
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.progress import duration
 from regraft.run import FAILED, FINISHED, INTERRUPTED, RUNNING, SCHEMA, Run
@@ -67,51 +61,12 @@ def write_report(folders: list[Path], out: Path) -> Path:
     return out
 
 
-def readable(text: str) -> str:
-    """Returns text in which control, bidi and undecodable characters are spelled as `\\u202e`."""
-    return "".join(_spelled(character) for character in text)
-
-
-def _spelled(character: str) -> str:
-    # The two joiners shape letters and emoji; all others of these categories are invisible.
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    if not hidden or character in "\u200c\u200d":
-        return character
-    code = ord(character)
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
-
-
 def _rendered(folders: Sequence[Path]) -> str:
-    from jinja2 import Environment, StrictUndefined, UndefinedError
-    from markupsafe import Markup
-
-    def finalize(value: Any) -> Any:
-        return (
-            readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-        )
-
-    environment = Environment(
-        autoescape=True,
-        finalize=finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., str]] = {
-        "number": _number,
-        "signed": _signed,
-        "whole": _whole,
-        "shown": _shown,
-        "placeless": _placeless,
-        "figure": Markup,  # only for what delivery/figures.py draws
-    }
-    environment.filters.update(filters)
-    source = files("regraft.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
     try:
         sections = [_section(folder) for folder in folders]
-        template = environment.from_string(source)
-        return template.render(sections=sections, metrics=METRICS).strip() + "\n"
-    except (KeyError, UndefinedError) as error:
+        styles = ("style.css", "report.css")
+        return rendered("report.html.jinja", styles, sections=sections, metrics=METRICS)
+    except KeyError as error:
         raise ArtefactError(
             f"{shorten(map(str, folders))} cannot be shown, a file lacks something: {error}",
             hint="use the regraft version that wrote it, or restore the folder from a copy",
@@ -191,7 +146,7 @@ def _notices(run: Run) -> list[str]:
     told = {
         INTERRUPTED: f"{name}: interrupted {place}. Not a finished training.",
         RUNNING: f"{name}: running, or ended without a word, {place}. Not a finished training.",
-        FAILED: f"{name}: failed: {_placeless(str(status.get('reason', 'no reason given')))}",
+        FAILED: f"{name}: failed: {placeless(str(status.get('reason', 'no reason given')))}",
     }
     notices = [] if state == FINISHED else [told.get(state, f"{name}: state {state}")]
     if allowed := run.record["data"]["options"].get("allow"):
@@ -241,12 +196,13 @@ def _trials(run: Run, times: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _confusion(evaluation: dict[str, Any]) -> list[list[tuple[int, float]]] | None:
-    """Returns each count with the depth of its shade; None for more classes than can be read."""
+def _confusion(evaluation: dict[str, Any]) -> list[list[tuple[int, int]]] | None:
+    """Returns each count with its tenths of the row; None for more classes than can be read."""
     if len(evaluation["class_names"]) > MOST_CONFUSED:
         return None
     return [
-        [(number, number / max(1, sum(row))) for number in row] for row in evaluation["confusion"]
+        [(number, round(10 * number / max(1, sum(row)))) for number in row]
+        for row in evaluation["confusion"]
     ]
 
 
@@ -269,44 +225,3 @@ def _curves(runs: Sequence[Run]) -> list[str]:
         if epochs := run.epochs():
             series.append(Series(arm, epochs, _status(run).get("best_epoch")))
     return [curves(series, field, label) for field, label in CURVES.items()] if series else []
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    if value is None or not math.isfinite(value):
-        return "\u2013"
-    return f"{value:.{digits}f}".replace("-", "\u2212")
-
-
-def _signed(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return "unknown"
-    return f"{value:+.{digits}f}".replace("-", "\u2212")
-
-
-def _whole(value: int) -> str:
-    return f"{int(value):,}"  # int: what is undefined has no format, and must say so
-
-
-def _shown(value: Any) -> str:
-    """Returns a setting as people write it."""
-    match value:
-        case None:
-            return "\u2013"
-        case bool():
-            return "yes" if value else "no"
-        case float():
-            return f"{value:.6g}"
-        case [int(height), int(width)]:
-            return f"{height} \u00d7 {width}"
-        case list():
-            return ", ".join(map(_shown, value))
-        case dict():
-            return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
-    return str(value)
-
-
-def _placeless(text: str) -> str:
-    """Returns text in which absolute paths are cut down to their last part."""
-    quoted = r"(?<=`)(?:[A-Za-z]:)?[/\\][^`]*[/\\]"
-    bare = r"(?:(?<=[\s'\"(=])|^)(?:[A-Za-z]:)?[/\\][^\s`'\"]*[/\\]"
-    return re.sub(f"{quoted}|{bare}", "\u2026/", text)
