@@ -21,6 +21,7 @@ from regraft.errors import ArtefactError, DataError, RegraftError, UsageError
 from regraft.models.classifier import Classifier
 from regraft.progress import Note
 from regraft.run import Run
+from regraft.storage import replace
 from regraft.training.loop import Epoch, Step
 from regraft.training.recipe import Recipe
 from regraft.training.session import Stopped
@@ -338,7 +339,14 @@ def test_a_run_that_was_edited_is_refused(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(start, run)
+    whole = (run / name).read_bytes()
     (run / name).write_text(content)
+    with pytest.raises(
+        ArtefactError, match=rf"`{name}` has {len(content)} bytes, not {len(whole)}"
+    ):
+        api.evaluate(run, source / "data")
+    (run / name).write_bytes(whole)
+    replace(run, {name: content.encode()})  # as one who knows the manifest would
     with pytest.raises(ArtefactError, match=r"hint: (restore|use)") as refused:
         api.evaluate(run, source / "data")
     assert wording in str(refused.value)

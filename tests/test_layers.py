@@ -9,7 +9,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 # From the bottom up; parts of one row may import each other only where the row says so.
 ROWS = [
     {"errors"},
-    {"storage", "progress"},
+    {"faults", "documents", "progress"},
+    {"disk", "manifests"},
+    {"storage"},
+    {"locks", "tensors"},
     {"engine", "inputs", "run"},
     {"data", "models"},
     {"evaluation"},
@@ -34,7 +37,8 @@ DOORS = {
 }
 LAZY = {"timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich"}
 WITHOUT_TORCH = {
-    "errors.py", "storage.py", "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
+    "errors.py", "faults.py", "documents.py", "disk.py", "manifests.py", "storage.py", "locks.py",
+     "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
     *COMMANDS, "training/recipe.py", "data/dataset.py",
 }  # fmt: skip
 

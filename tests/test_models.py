@@ -217,7 +217,7 @@ Damage = Callable[[Path], object]
     ("damage", "resign", "text"),
     [
         (lambda f: (f / "model.safetensors").write_bytes(b"x"), False, "has 1 bytes, not"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), True, "no classifier"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), True, "no tensors"),
         (lambda f: (f / "model.json").write_text("{"), True, "not valid JSON"),
         (lambda f: changed_model(f, "arch", "vgg11"), False, "model.json"),
         (lambda f: changed_model(f, "arch", "vgg11"), True, "are not those of `vgg11`"),

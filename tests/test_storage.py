@@ -91,7 +91,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (temporary / "one").write_text("1")
         assert not (tmp_path / "entry").exists()
     assert names(tmp_path) == ["entry"]
-    assert names(tmp_path / "entry") == ["one"]
+    assert names(tmp_path / "entry") == ["manifest.json", "one"]
+    assert verify_manifest(tmp_path / "entry").entries.keys() == {"one"}
 
 
 def test_the_first_of_two_folders_under_one_name_stays(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> No
     write_json(folder / "manifest.json", {"schema": 1, "files": {name: entry}})
     with pytest.raises(ArtefactError) as caught:
         verify_manifest(folder)
-    assert caught.value.problems == (f"`{name}` is missing",)
+    assert f"a name {name!r}" in caught.value.problems[0]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"files": []}', '{"files": {"model.json": {}}}'])

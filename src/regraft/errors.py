@@ -1,6 +1,7 @@
 """The errors a user can meet: each has a code, a message, its problems and a hint.
 
-Exit codes: 2 usage or configuration, 3 data, 4 artefact, 5 environment, 7 numeric failure.
+Exit codes: 2 usage or configuration, 3 data, 4 artefact, 5 environment, 6 busy, 7 numeric
+failure.
 """
 
 from collections.abc import Iterable, Sequence
@@ -56,6 +57,13 @@ class EnvironmentFault(RegraftError):
 
     code = "environment"
     exit_code = 5
+
+
+class BusyError(RegraftError):
+    """Another process is at work on the Run."""
+
+    code = "busy"
+    exit_code = 6
 
 
 class NumericError(RegraftError):

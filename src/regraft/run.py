@@ -12,16 +12,23 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.storage import (
+    Content,
+    Store,
     append_json_line,
-    read_json,
+    json_content,
+    make_folder,
+    parse_json,
+    parse_json_lines,
     read_json_lines,
+    read_verified,
+    remove_folder,
+    replace,
     sha256_of,
     to_json_lines,
-    write_json,
-    write_text,
 )
 
 SCHEMA = 1
+LOGS = ("metrics.jsonl", "times.jsonl", "trials.jsonl")
 FINISHED, INTERRUPTED, RUNNING, FAILED = "finished", "interrupted", "running", "failed"
 
 
@@ -96,13 +103,15 @@ class Run:
         refuse_existing(folder)
         document = {"schema": SCHEMA, **record, "versions": versions()}
         document["id"] = sha256_of(document)[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "samples.jsonl", to_json_lines(samples))
-        write_text(folder / "lineage.jsonl", to_json_lines(seen))
-        write_json(folder / "run.json", document)
-        run = cls(folder)
-        run.set_status(RUNNING)
-        return run
+        make_folder(folder)
+        contents = {
+            "samples.jsonl": to_json_lines(samples).encode("ascii"),
+            "lineage.jsonl": to_json_lines(seen).encode("ascii"),
+            "status.json": json_content({"state": RUNNING}),
+            "run.json": json_content(document),  # the last: with it the folder is a Run
+        }
+        replace(folder, contents)
+        return cls(folder)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -139,15 +148,21 @@ class Run:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What `run.json` holds: verb, recipe, data, inputs, start, transplant, engine."""
-        return read_json(self.folder / "run.json")  # type: ignore[no-any-return]
+        return self._document("run.json")
 
     @property
     def status(self) -> dict[str, Any]:
         """`state`, `best_epoch`, and why it ended."""
-        return read_json(self.folder / "status.json")  # type: ignore[no-any-return]
+        return self._document("status.json")
 
     def set_status(self, state: str, **details: Any) -> None:
-        write_json(self.folder / "status.json", {"state": state, **details})
+        """Writes how it stands; the manifest vouches for the logs as they are now."""
+        status = {"status.json": json_content({"state": state, **details})}
+        replace(self.folder, status, LOGS, grow=state != FINISHED)
+
+    def _document(self, name: str) -> dict[str, Any]:
+        content = read_verified(self.folder, name)
+        return parse_json(content, self.folder / name)  # type: ignore[no-any-return]
 
     def samples(self) -> list[dict[str, Any]]:
         """Every image of the dataset: path, sha256, class, split, group; or path and `excluded`."""
@@ -173,7 +188,7 @@ class Run:
             raise ArtefactError(
                 f"`{self.folder / name}` is missing", hint="restore the folder from a copy"
             )
-        lines = read_json_lines(self.folder / name)
+        lines = parse_json_lines(read_verified(self.folder, name), self.folder / name)
         try:
             _Lines.validate_python(lines)
         except ValidationError as error:
@@ -198,11 +213,34 @@ class Run:
 
     def plan(self) -> dict[str, Any] | None:
         """What a search had planned; None where nothing was searched for."""
-        path = self.folder / "plan.json"
-        return read_json(path) if path.is_file() else None
+        return self._document("plan.json") if (self.folder / "plan.json").is_file() else None
 
     def write(self, name: str, document: Mapping[str, Any]) -> None:
-        write_json(self.folder / name, document)
+        self.write_files({name: json_content(document)})
+
+    def write_files(self, contents: Mapping[str, Content]) -> None:
+        """Commits files; the manifest of the Run vouches for them."""
+        replace(self.folder, contents)
+
+    @property
+    def best(self) -> Store:
+        """Classifiers of a training that has not finished, the newest the best so far."""
+        return Store(self.folder / "best", "best")
+
+    @property
+    def states(self) -> Store:
+        """What a resume needs, by step."""
+        return Store(self.folder / "state", "state")
+
+    def keep_best(self, contents: Mapping[str, Content]) -> None:
+        """Commits the files of a classifier, the best so far."""
+        make_folder(self.best.folder)
+        self.best.commit(max(self.best.numbers(), default=0) + 1, contents)
+        self.best.prune(keep=1)
+
+    def drop_best(self) -> None:
+        """Removes what `final` has made superfluous."""
+        remove_folder(self.best.folder)
 
     def epochs(self) -> list[dict[str, Any]]:
         return read_json_lines(self.folder / "metrics.jsonl")

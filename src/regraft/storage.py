@@ -1,24 +1,61 @@
 """The one commit protocol: every durable write of the product goes through here.
 
 A file appears under its name whole or not at all: it is written beside its destination, synced,
-renamed, and its folder synced. A manifest (size and sha256 of each file) is always written last,
-so a folder whose manifest verifies is complete.
+renamed, and its folder synced. Files that count together lie in a folder that appears likewise,
+with a manifest (size and sha256 of each, taken while they are written) as its last file. A `Store`
+keeps such folders by step; `replace` changes files under fixed names while their manifest verifies
+at every moment. What a crash leaves is found by its hash, never by its time or a link.
 """
 
+import dataclasses
 import errno
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO
+from typing import Any
 
-from regraft.errors import ArtefactError, EnvironmentFault
+from regraft import disk
+from regraft.documents import (
+    json_content,
+    parse_json,
+    parse_json_lines,
+    read_json,
+    read_json_lines,
+    read_regular,
+    sha256_of,
+    sha256_of_file,
+    to_json,
+    to_json_lines,
+)
+from regraft.errors import ArtefactError
+from regraft.faults import KINDS, failpoint
+from regraft.manifests import (
+    ABSENT,
+    MANIFEST,
+    Entry,
+    Manifest,
+    plain_name,
+    read_verified,
+    verify_manifest,
+)
 
-MANIFEST = "manifest.json"
+__all__ = [  # reading is a room of its own, and this the door
+    "MANIFEST", "Content", "Entry", "Manifest", "Step", "Store", "append_json_line", "cache_home",
+    "committed", "committed_folder", "cut_log", "holds", "json_content", "make_folder",
+    "parse_json", "parse_json_lines", "read_json", "read_json_lines", "read_regular",
+    "read_verified", "remove_folder", "remove_leftovers", "replace", "sha256_of",
+    "sha256_of_file", "to_json", "to_json_lines", "verify_manifest", "write_bytes", "write_file",
+    "write_folder", "write_json", "write_manifest", "write_text",
+]  # fmt: skip
+
+Content = bytes | Sequence[bytes | memoryview]
+"""What a file is to hold: bytes, or buffers one after the other, as of `tensors.packed`."""
+
+HOLDING_ATTEMPTS = 20  # each is lost only to a process that starts in the same microsecond; assumed
 
 
 def cache_home() -> Path:
@@ -28,193 +65,460 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
 
 
+# One file
+
+
+def write_file(path: Path, content: Content) -> Entry:
+    """Commits a file.
+
+    Raises:
+        EnvironmentFault: The machine refuses; what stood under the name still does.
+    """
+    kind = _kind(path)
+    with disk.told(path), _temporary_file(path) as (temporary, descriptor):
+        entry = _fill(descriptor, content, kind)
+        _appear(temporary, path, kind)
+    return entry
+
+
 @contextmanager
 def committed(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there becomes `path` on success."""
-    temporary = path.parent / f".{path.name}.{token_hex(4)}.tmp"
-    try:
-        yield temporary
-        # 0o666 under the user's umask: safetensors leaves 0600 whatever the umask says.
-        os.chmod(temporary, 0o666 & ~_umask())
-        _sync(temporary)
-        temporary.rename(path)
-        _sync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise EnvironmentFault(
-                f"`{path}` cannot be written: {error.strerror}",
-                hint="free space or choose another place; everything committed before is intact",
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yields a temporary path beside `path`; what is written there becomes `path` on success.
 
-
-@contextmanager
-def committed_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it becomes `path` on success, and goes otherwise.
-
-    Where another process was first, its folder stays: only equal content shares a name.
+    For writers that want a path; `write_file` does with what is at hand.
     """
-    temporary = path.parent / f".{path.name}.{token_hex(4)}.tmp"
-    temporary.mkdir(parents=True)
-    try:
+    kind = _kind(path)
+    with disk.told(path), _temporary_file(path) as (temporary, descriptor):
+        mode = os.fstat(descriptor).st_mode & 0o777
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not path.is_dir():  # another process may have committed the same folder first
-                raise
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.chmod(temporary, mode)  # that of the umask: safetensors leaves 0600 whatever it says
+        _sync_file(temporary)
+        failpoint(f"{kind}.synced")
+        _appear(temporary, path, kind)
 
 
 def write_text(path: Path, text: str) -> None:
     """Commits `text` (UTF-8; names that are no valid Unicode keep their bytes)."""
-    with committed(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+    write_file(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    with committed(path) as temporary:
-        temporary.write_bytes(content)
+    write_file(path, content)
 
 
 def write_json(path: Path, document: Any) -> None:
     """Commits a JSON document: strict (no NaN), sorted by nothing, indented for people."""
-    write_text(path, to_json(document, indent=2) + "\n")
+    write_file(path, json_content(document))
 
 
-def to_json(document: Any, indent: int | None = None) -> str:
-    # ensure_ascii keeps undecodable file names (surrogates) inside valid UTF-8.
-    return json.dumps(document, indent=indent, allow_nan=False, ensure_ascii=True)
+def _kind(path: Path) -> str:
+    """Returns how failpoints call what is written."""
+    return path.stem if path.stem in KINDS else "file"
 
 
-def to_json_lines(documents: Iterable[Any]) -> str:
-    return "".join(to_json(document) + "\n" for document in documents)
-
-
-def read_json(path: Path) -> Any:
-    """Returns the document.
-
-    Raises:
-        ArtefactError: The file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ArtefactError(
-            f"`{path}` is missing",
-            hint="name a folder that `regraft pretrain`, `finetune` or `compare` has written",
-        ) from error
-    except ValueError as error:
-        raise ArtefactError(
-            f"`{path}` is not valid JSON: {error}", hint="restore the file from a copy"
-        ) from error
-
-
-def append_json_line(path: Path, document: Any) -> None:
-    with path.open("ab+") as stream:
-        _drop_cut_off_line(stream)
-        stream.write(to_json(document).encode("ascii") + b"\n")
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """Returns the documents; none if the file does not exist yet.
-
-    A last line without its newline is an append that was cut off, and is left out.
-
-    Raises:
-        ArtefactError: Another line is not JSON.
-    """
-    if not path.exists():
-        return []
-    documents = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yields a new file beside `path`, held for as long as this process is at work on it."""
+    failpoint(f"{_kind(path)}.begun")
+    with _held_new(path, lambda new: os.close(disk.create(new))) as temporary:
+        failpoint(f"{_kind(path)}.created")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            documents.append(json.loads(line))
-        except ValueError as error:
-            raise ArtefactError(
-                f"`{path}` line {number} is not valid JSON: {error}",
-                hint="restore the file from a copy",
-            ) from error
-    return documents
+            yield temporary, descriptor
+        finally:
+            os.close(descriptor)
+            disk.remove(temporary)
 
 
-def _drop_cut_off_line(stream: BinaryIO) -> None:
-    """Cuts an append that was cut off, so that the next line stands alone."""
-    end = stream.seek(0, os.SEEK_END)
-    if end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":
-        stream.seek(0)
-        stream.truncate(stream.read().rfind(b"\n") + 1)
+@contextmanager
+def _held_new(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Makes something under a temporary name, and holds it: what is not held is a leftover."""
+    with ExitStack() as stack:
+        for _ in range(HOLDING_ATTEMPTS):
+            temporary = _temporary_name(path)
+            make(temporary)
+            try:
+                stack.enter_context(disk.held(temporary))
+            except FileNotFoundError:  # taken for a leftover before it was held: another name
+                continue
+            yield temporary
+            return
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _temporary_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.{token_hex(4)}.tmp"
 
 
-def sha256_of(document: Any) -> str:
-    """Returns the hash of a JSON document in its canonical form."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+def _fill(descriptor: int, content: Content, kind: str) -> Entry:
+    """Writes and syncs the content of a new file; returns its size and hash."""
+    buffers = [content] if isinstance(content, bytes) else content
+    views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    size = sum(len(view) for view in views)
+    digest, written = hashlib.sha256(), 0
+    for view in views:
+        middle = min(max(size // 2 - written, 0), len(view))
+        for part in (view[:middle], view[middle:]):
+            digest.update(part)
+            disk.write(descriptor, part)
+            written += len(part)
+            if written == size // 2:
+                failpoint(f"{kind}.half")
+    failpoint(f"{kind}.written")
+    disk.sync(descriptor)
+    failpoint(f"{kind}.synced")
+    return Entry(size, digest.hexdigest())
 
 
-def write_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Commits the size and sha256 of the named files; call it after they are all committed."""
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
-        for name in names
-    }
-    write_json(folder / MANIFEST, {"schema": 1, "files": files})
+def _appear(temporary: Path, path: Path, kind: str) -> None:
+    disk.rename(temporary, path)
+    failpoint(f"{kind}.renamed")
+    disk.sync_folder(path.parent)
+    failpoint(f"{kind}.settled")
 
 
-def verify_manifest(folder: Path) -> None:
-    """Checks every file that the manifest lists.
-
-    Raises:
-        ArtefactError: The manifest or a file is missing, or a size or hash differs.
-    """
-    problems = []
-    for name, size, sha256 in _read_manifest(folder / MANIFEST):
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            problems.append(f"`{name}` is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"`{name}` has {path.stat().st_size} bytes, not {size}")
-        elif sha256_of_file(path) != sha256:
-            problems.append(f"`{name}` is not the file that was saved (sha256 differs)")
-    if problems:
-        raise ArtefactError(
-            f"`{folder}` is damaged or was changed",
-            problems=problems,
-            hint="restore the folder from a copy, or train again",
-        )
-
-
-def _read_manifest(path: Path) -> list[tuple[str, int, str]]:
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        files = read_json(path)["files"]
-        return [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtefactError(
-            f"`{path}` is no manifest of this version: {error!r}",
-            hint="restore the folder from a copy",
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
+        disk.sync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+# A folder of files that count together
+
+
+@contextmanager
+def committed_folder(path: Path, kind: str = "file") -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; it becomes `path` on success, and goes otherwise.
+
+    Its manifest is written last, over whatever files it has got. Where another process was first,
+    its folder stays: only equal content shares a name.
+
+    Args:
+        path: In a folder that exists.
+        kind: How failpoints call it.
+    """
+    with disk.told(path), _temporary_folder(path, kind) as temporary:
+        yield temporary
+        entries = {}
+        for file in sorted(temporary.iterdir()):
+            _sync_file(file)
+            entries[file.name] = Entry(file.stat().st_size, sha256_of_file(file))
+        _seal(temporary, path, entries, kind)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder and those above it that are missing.
+
+    Raises:
+        EnvironmentFault: The machine refuses.
+    """
+    with disk.told(folder):
+        disk.make_folder(folder)
+
+
+def holds(folder: Path, contents: Mapping[str, Content]) -> bool:
+    """Whether the folder is committed and holds these files and no others."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    entries = {name: _entry_of(content) for name, content in contents.items()}
+    return verify_manifest(folder).entries == entries
+
+
+def write_folder(path: Path, contents: Mapping[str, Content], kind: str = "file") -> None:
+    """Commits files as a folder, with their manifest; see `committed_folder`."""
+    disk.require_space(path.parent, sum(_size(content) for content in contents.values()))
+    with disk.told(path), _temporary_folder(path, kind) as temporary:
+        entries = {name: _write_in(temporary / name, contents[name], kind) for name in contents}
+        _seal(temporary, path, entries, kind)
+
+
+def _write_in(path: Path, content: Content, kind: str) -> Entry:
+    descriptor = disk.create(path)
+    try:
+        return _fill(descriptor, content, kind)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _temporary_folder(path: Path, kind: str) -> Iterator[Path]:
+    failpoint(f"{kind}.begun")
+    with _held_new(path, disk.make_one_folder) as temporary:
+        failpoint(f"{kind}.created")
+        try:
+            yield temporary
+        finally:
+            disk.remove_folder(temporary)
+
+
+def _seal(temporary: Path, path: Path, entries: Mapping[str, Entry], kind: str) -> None:
+    """Adds the manifest, and gives the folder its name."""
+    _write_in(temporary / MANIFEST, Manifest(temporary, dict(entries)).content(), kind)
+    disk.sync_folder(temporary)
+    failpoint(f"{kind}.sealed")
+    try:
+        disk.rename(temporary, path)
+    except OSError:
+        if not path.is_dir():  # another process may have committed the same folder first
+            raise
+    failpoint(f"{kind}.renamed")
+    disk.sync_folder(path.parent)
+    failpoint(f"{kind}.settled")
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a committed folder: at once for everyone who looks for it."""
+    if path.is_dir():
+        temporary = _temporary_name(path)
+        disk.rename(path, temporary)
+        disk.remove_folder(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left half-written, and nothing that is still at work."""
+    for path in folder.glob(".*.tmp"):
+        with disk.held_if_free(path) as is_leftover:
+            if is_leftover:
+                disk.remove_folder(path) if path.is_dir() else disk.remove(path)
+
+
+def _size(content: Content) -> int:
+    return (
+        len(content) if isinstance(content, bytes) else sum(memoryview(b).nbytes for b in content)
+    )
+
+
+# Folders by step
+
+
+@dataclass(frozen=True)
+class Step:
+    """A committed step that verified when it was found."""
+
+    number: int
+    manifest: "Manifest"
+
+    def read(self, name: str) -> bytes:
+        return self.manifest.read(name)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Steps of work, each a folder of files that count together: `000420/`.
+
+    One process writes (it holds the Run); any may read. A step is acknowledged when `commit`
+    returns: from then on a crash, also of the machine, leaves it or a newer one. Only then may
+    older ones be pruned.
+
+    Attributes:
+        folder: Exists; where it is gone, a commit fails rather than begins anew.
+        kind: How failpoints call its steps.
+    """
+
+    folder: Path
+    kind: str = "state"
+
+    def commit(self, number: int, contents: Mapping[str, Content]) -> None:
+        """Writes a step, hashed on the way; a damaged one of that number gives place.
+
+        Raises:
+            EnvironmentFault: The machine refuses; earlier steps are as they were.
+        """
+        path = self.path(number)
+        with disk.told(path):
+            remove_folder(path)
+        write_folder(path, contents, self.kind)
+
+    def recover(self) -> tuple[Step | None, list[str]]:
+        """Returns the newest step that verifies, and what is wrong with those after it.
+
+        For the process that writes: what was half-written, and newer steps that are damaged, go.
+        """
+        remove_leftovers(self.folder)
+        step, skipped = self.newest()
+        for number in self.numbers():
+            if step is None or number > step.number:
+                remove_folder(self.path(number))
+        return step, skipped
+
+    def newest(self) -> tuple[Step | None, list[str]]:
+        """Returns the newest step that verifies, and what is wrong with those after it."""
+        skipped: list[str] = []
+        for number in reversed(self.numbers()):
+            path = self.path(number)
+            try:
+                manifest = verify_manifest(path)
+            except ArtefactError as error:
+                reasons = error.problems or (error.message,)
+                skipped.append(f"`{path}` is passed over: {'; '.join(reasons)}")
+            else:
+                return Step(number, manifest), skipped
+        return None, skipped
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}"
+
+    def numbers(self) -> list[int]:
+        """Returns the steps there are, in order, verified or not."""
+        if not self.folder.is_dir():
+            return []
+        names = [path.name for path in self.folder.iterdir()]
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+    def prune(self, keep: int = 2, also: Collection[int] = ()) -> None:
+        """Removes all but the newest steps; call it after a commit has returned.
+
+        Args:
+            keep: So many of the newest stay: one may rot.
+            also: Steps that stay besides, as the best.
+        """
+        for number in self.numbers()[:-keep]:
+            if number not in also:
+                remove_folder(self.path(number))
+                failpoint(f"{self.kind}.pruned")
+
+
+# Files under fixed names
+
+
+def replace(
+    folder: Path, contents: Mapping[str, Content], logs: Sequence[str] = (), *, grow: bool = True
+) -> None:
+    """Commits files of a folder whose manifest verifies at every moment between.
+
+    The manifest first says what each file may be from now on, then the files change, in this order,
+    then it says what they are.
+
+    Args:
+        folder: Exists.
+        contents: Of each file.
+        logs: Files that are appended to (see `append_json_line`), vouched for as far as they are.
+        grow: Whether the logs may go on.
+    """
+    disk.require_space(folder, sum(_size(content) for content in contents.values()))
+    with disk.told(folder / MANIFEST), disk.held(folder):
+        entries = _settled(folder)
+        for name, content in contents.items():
+            before = entries.get(plain_name(name), ABSENT)
+            entries[name] = dataclasses.replace(before, after=_entry_of(content))
+        if contents:
+            _write_manifest(folder, entries)
+        for name, content in contents.items():
+            entries[name] = write_file(folder / name, content)
+        for name in logs:
+            if (folder / name).is_file():
+                entries[name] = _log_entry(folder / name, None, grow)
+        _write_manifest(folder, entries)
+
+
+def write_manifest(folder: Path, names: Sequence[str]) -> None:
+    """Commits the size and sha256 of files that are all there already."""
+    entries = {
+        plain_name(name): Entry((folder / name).stat().st_size, sha256_of_file(folder / name))
+        for name in names
+    }
+    _write_manifest(folder, entries)
+
+
+def _settled(folder: Path) -> dict[str, Entry]:
+    """Returns the entries, those of a replacement that was cut off as their files are now."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    manifest = Manifest.open(folder)
+    settled = {}
+    for name, entry in manifest.entries.items():
+        if entry.after is None:
+            settled[name] = entry
+            continue
+        for each in (entry.after, dataclasses.replace(entry, after=None)):
+            alone = Manifest(folder, {name: each})
+            if each.size >= 0 and not alone.problems():
+                settled[name] = each
+    return settled
+
+
+def _write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
+    write_file(folder / MANIFEST, Manifest(folder, entries).content())
+
+
+def _entry_of(content: Content) -> Entry:
+    buffers = [content] if isinstance(content, bytes) else content
+    digest = hashlib.sha256()
+    for buffer in buffers:
+        digest.update(buffer)
+    return Entry(_size(content), digest.hexdigest())
+
+
+def _log_entry(path: Path, size: int | None, grow: bool) -> Entry:
+    content = path.read_bytes()[:size]
+    return Entry(len(content), hashlib.sha256(content).hexdigest(), grows=grow)
+
+
+# Logs
+
+
+def append_json_line(path: Path, document: Any) -> int:
+    """Commits a line at the end of a log; returns its size then, for `cut_log`.
+
+    A line that a crash had cut off goes first.
+    """
+    kind = _kind(path)
+    failpoint(f"{kind}.begun")
+    with disk.told(path):
+        is_new = not path.exists()
+        descriptor = disk.open_log(path)
+        try:
+            end = _whole_lines(path)
+            if end < os.fstat(descriptor).st_size:
+                disk.truncate(descriptor, end)
+            line = to_json(document).encode("ascii") + b"\n"
+            disk.write(descriptor, memoryview(line[: len(line) // 2]))
+            failpoint(f"{kind}.half")
+            disk.write(descriptor, memoryview(line[len(line) // 2 :]))
+            failpoint(f"{kind}.written")
+            disk.sync(descriptor)
+            failpoint(f"{kind}.synced")
+        finally:
+            os.close(descriptor)
+        if is_new:
+            disk.sync_folder(path.parent)
+        failpoint(f"{kind}.settled")
+    return end + len(line)
+
+
+def cut_log(path: Path, size: int) -> None:
+    """Drops what was appended after the log had `size` bytes, as the state of a step says.
+
+    Raises:
+        ArtefactError: It has fewer.
+    """
+    if not path.exists() and not size:
+        return
+    if not path.exists() or path.stat().st_size < size:
+        raise ArtefactError(
+            f"`{path}` has lost lines: expected {size} bytes", hint="restore the file from a copy"
+        )
+    folder = path.parent
+    with disk.told(path), disk.held(folder):
+        entries = _settled(folder)
+        if path.name in entries and entries[path.name].size > size:
+            entries[path.name] = _log_entry(path, size, grow=True)
+            _write_manifest(folder, entries)
+        descriptor = disk.open_log(path)
+        try:
+            disk.truncate(descriptor, size)
+            disk.sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _whole_lines(path: Path) -> int:
+    """Returns the size of the log without a last line that was cut off."""
+    with path.open("rb") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        if not end or (stream.seek(end - 1), stream.read(1))[1] == b"\n":
+            return end
+        stream.seek(0)
+        return stream.read().rfind(b"\n") + 1

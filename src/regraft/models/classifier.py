@@ -5,17 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from regraft.errors import ArtefactError
+from regraft.errors import ArtefactError, shorten
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone, refuse_unnamed_code
 from regraft.models.head import Head
-from regraft.storage import committed, read_json, verify_manifest, write_json, write_manifest
+from regraft.run import refuse_existing
+from regraft.storage import (
+    Content,
+    Manifest,
+    Store,
+    holds,
+    json_content,
+    make_folder,
+    parse_json,
+    write_folder,
+)
+from regraft.tensors import MOST_BYTES, packed, unpacked
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
+MOST_MODEL_BYTES = 2**24  # of model.json: names of 100,000 classes; assumed
 
 
 class _ModelFile(BaseModel):
@@ -55,14 +65,19 @@ class Classifier(nn.Module):
         return logits_BK
 
     def save(self, folder: Path) -> None:
-        """Writes the weights, what they mean, and last the manifest that makes them count."""
-        folder.mkdir(parents=True, exist_ok=True)
-        # safetensors refuses channels-last tensors: they are stored contiguous.
-        state = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-        }
-        with committed(folder / WEIGHTS) as temporary:
-            save_file(state, temporary)
+        """Writes weights, what they mean and their manifest; the folder appears whole.
+
+        Raises:
+            UsageError: Something else is there already.
+        """
+        contents = self.contents()
+        if not holds(folder, contents):
+            refuse_existing(folder)
+            make_folder(folder.parent)
+            write_folder(folder, contents, "final")
+
+    def contents(self) -> dict[str, Content]:
+        """Returns the files that `save` writes, for a `Store`; the tensors are not copied."""
         document = _ModelFile(
             schema_version=1,
             arch=self.backbone.arch,
@@ -70,8 +85,10 @@ class Classifier(nn.Module):
             class_names=list(self.class_names),
             lineage=[dict(record) for record in self.lineage],
         )
-        write_json(folder / MODEL, document.model_dump(mode="json"))
-        write_manifest(folder, [WEIGHTS, MODEL])
+        return {
+            WEIGHTS: packed(self.state_dict()),
+            MODEL: json_content(document.model_dump(mode="json")),
+        }
 
     @classmethod
     def load(cls, folder: str | Path, *, arch: str | None = None) -> "Classifier":
@@ -85,16 +102,29 @@ class Classifier(nn.Module):
         Raises:
             ArtefactError: A file is missing, damaged or invalid.
         """
-        folder = final_folder(Path(folder))
-        verify_manifest(folder)
+        given, chosen = Path(folder), final_folder(Path(folder))
+        while True:
+            try:
+                return cls._read(chosen, arch)
+            except ArtefactError:  # a training may have put a better one in its place meanwhile
+                if chosen == (chosen := final_folder(given)):
+                    raise
+
+    @classmethod
+    def _read(cls, folder: Path, arch: str | None) -> "Classifier":
+        manifest = Manifest.open(folder)
+        manifest.refuse_strangers()
+        content = manifest.read(MODEL, MOST_MODEL_BYTES)
         try:
-            document = _ModelFile.model_validate(read_json(folder / MODEL))
-            state = load_file(folder / WEIGHTS)
-        except (ValidationError, SafetensorError) as error:
+            document = _ModelFile.model_validate(parse_json(content, folder / MODEL))
+        except ValidationError as error:
+            places = {".".join(map(str, entry["loc"])) for entry in error.errors()}
             raise ArtefactError(
-                f"`{folder}` is no classifier of this version: {str(error).splitlines()[0]}",
+                f"`{folder}` is no classifier of this version: "
+                f"{shorten(sorted(place[:80] for place in places))} of `{MODEL}` does not fit",
                 hint="restore the folder from a copy, or train again",
             ) from error
+        state = unpacked(manifest.read(WEIGHTS, MOST_BYTES), folder / WEIGHTS)
         inputs = InputSpec.from_dict(document.inputs)
         backbone = Backbone.create(refuse_unnamed_code(document.arch, arch), inputs, seed=None)
         backbone.arch = document.arch
@@ -131,10 +161,14 @@ def _is_finite(tensor: Tensor) -> bool:
 def final_folder(folder: Path) -> Path:
     """Returns where the classifier of a Run, or of a bare classifier folder, lies.
 
+    That of a training which has not finished is the best that it has committed so far.
+
     Raises:
         ArtefactError: There is none.
     """
-    for candidate in (folder / "final", folder):
+    best = Store(folder / "best", "best")
+    newest = [best.path(number) for number in reversed(best.numbers())]
+    for candidate in (folder / "final", *newest, folder):
         if (candidate / MODEL).is_file():
             return candidate
     raise ArtefactError(

@@ -90,7 +90,7 @@ class _Kept:
             if self.writes:
                 self.run.append_trial(*told.to_json())
                 if told.is_best:  # from here on the Run holds a classifier, whatever comes
-                    self.classifier.save(self.run.final)
+                    self.run.keep_best(self.classifier.contents())
         elif isinstance(told, Plan):
             if self.writes:
                 name = "plan.json" if self.plan is None else "winner.json"
@@ -243,13 +243,18 @@ class Session:
         except BaseException as error:  # whatever ends it: no Run stays `running`
             if self.engine.is_main:
                 if kept.best is not None and isinstance(error, Diverged):
-                    classifier.save(run.final)
+                    run.keep_best(classifier.contents())
                 reason = str(error).split("\n")[0] or repr(error)
                 run.set_status(FAILED, reason=reason, **kept.status)
             raise
         if self.engine.is_main:
-            classifier.save(run.final)
+            if caught:
+                run.keep_best(classifier.contents())
+            else:
+                classifier.save(run.final)
             run.set_status(INTERRUPTED if caught else FINISHED, **kept.status)
+            if not caught:
+                run.drop_best()
         self.engine.wait()
         if caught:
             raise Stopped(run, caught[0], kept.best)

@@ -1,0 +1,152 @@
+"""Reading what may have been changed by anyone: regular files, strict JSON, caps; and hashes."""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import ArtefactError
+
+MOST_JSON_BYTES = 2**28  # plenty for the samples of a million images; assumed
+MOST_DEPTH = 50  # of JSON; ours is 6 deep; assumed
+
+
+def json_content(document: Any) -> bytes:
+    return (to_json(document, indent=2) + "\n").encode("ascii")
+
+
+def to_json(document: Any, indent: int | None = None) -> str:
+    # ensure_ascii keeps undecodable file names (surrogates) inside valid UTF-8.
+    return json.dumps(document, indent=indent, allow_nan=False, ensure_ascii=True)
+
+
+def to_json_lines(documents: Iterable[Any]) -> str:
+    return "".join(to_json(document) + "\n" for document in documents)
+
+
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
+    """Returns the document.
+
+    Raises:
+        ArtefactError: The file is missing, is no regular file, is too large, or is not JSON.
+    """
+    return parse_json(read_regular(path, most), path)
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    try:
+        return _parsed(content)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(
+            f"`{path}` is not valid JSON: {error}", hint="restore the file from a copy"
+        ) from error
+
+
+def _parsed(content: bytes) -> Any:
+    """Returns a document without duplicate keys, NaN, or depth beyond all reason."""
+    document = json.loads(
+        content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse_constant
+    )
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(MOST_DEPTH):
+        parts = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for part in parts for each in part if isinstance(each, dict | list)]
+    if level:
+        raise ValueError(f"more than {MOST_DEPTH} levels deep")
+    return document
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Returns the content of a regular file, which no link stands for.
+
+    It is a copy: what becomes of the file later does not matter.
+
+    Raises:
+        ArtefactError: It is missing, something else, or larger than `most` bytes.
+    """
+    with open(open_regular(path), "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise ArtefactError(
+                f"`{path}` has {size:,} bytes; at most {most:,} are accepted",
+                hint="check where it comes from",
+            )
+        return stream.readall()[:most]
+
+
+def open_regular(path: Path) -> int:
+    try:
+        # Not following links; not waiting for the other end of a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtefactError(
+            f"`{path}` is missing",
+            hint="name a folder that `regraft pretrain`, `finetune` or `compare` has written",
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise _irregular(path) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular(path)
+    return descriptor
+
+
+def _irregular(path: Path) -> ArtefactError:
+    return ArtefactError(
+        f"`{path}` is a link, a folder or a device; expected a file",
+        hint="put the file itself there",
+    )
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of(document: Any) -> str:
+    """Returns the hash of a JSON document in its canonical form."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Returns the documents; none if the file does not exist yet.
+
+    A last line without its newline is an append that was cut off, and is left out.
+
+    Raises:
+        ArtefactError: Another line is not JSON.
+    """
+    if not path.exists():
+        return []
+    return parse_json_lines(read_regular(path, MOST_JSON_BYTES), path)
+
+
+def parse_json_lines(content: bytes, path: Path) -> list[Any]:
+    documents = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            documents.append(_parsed(line))
+        except (ValueError, RecursionError) as error:
+            raise ArtefactError(
+                f"`{path}` line {number} is not valid JSON: {error}",
+                hint="restore the file from a copy",
+            ) from error
+    return documents
