@@ -15,13 +15,12 @@ import torch
 from PIL import Image
 
 import regraft
-from regraft import api
+from regraft import api, storage
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.errors import ArtefactError, DataError, RegraftError, UsageError
 from regraft.models.classifier import Classifier
 from regraft.progress import Note
 from regraft.run import Run
-from regraft.storage import replace
 from regraft.training.loop import Epoch, Step
 from regraft.training.recipe import Recipe
 from regraft.training.session import Stopped
@@ -346,7 +345,7 @@ def test_a_run_that_was_edited_is_refused(
     ):
         api.evaluate(run, source / "data")
     (run / name).write_bytes(whole)
-    replace(run, {name: content.encode()})  # as one who knows the manifest would
+    storage.replace(run, {name: content.encode()})  # as one who knows the manifest would
     with pytest.raises(ArtefactError, match=r"hint: (restore|use)") as refused:
         api.evaluate(run, source / "data")
     assert wording in str(refused.value)

@@ -16,6 +16,7 @@ import pytest
 from regraft.delivery.pages import readable, source_hash
 from regraft.delivery.report import write_report
 from regraft.errors import ArtefactError, UsageError
+from regraft.storage import write_manifest
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -78,6 +79,14 @@ def png() -> bytes:
 def write(path: Path, document: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document), encoding="ascii")
+    seal(path.parent)
+
+
+def seal(folder: Path) -> None:
+    """Lets the manifest vouch for the files as they are, as that of a Run does."""
+    if (folder / "run.json").is_file():
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        write_manifest(folder, [name for name in names if name != "manifest.json"])
 
 
 def edit(path: Path, changes: Mapping[str, Any]) -> None:
@@ -135,6 +144,7 @@ def make_run(
     (folder / "mistakes").mkdir()
     for number in range(num_mistakes):
         (folder / "mistakes" / f"{number:03d}.png").write_bytes(png())
+    seal(folder)
     return folder
 
 
