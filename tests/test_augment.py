@@ -47,7 +47,7 @@ def test_these_draws_stay_the_same_in_every_version() -> None:
     assert uniform(1, 2, np.array([3]), 3).tolist() == recorded
 
 
-@pytest.mark.parametrize("name", ["gentle", "natural"])
+@pytest.mark.parametrize("name", ["gentle", "natural", "trivial"])
 def test_an_image_is_changed_alike_in_any_batch_and_under_any_global_seed(name: str) -> None:
     batch, how = images(12), AUGMENTATIONS[name]
     torch.manual_seed(1)
@@ -107,6 +107,22 @@ def test_contrast_and_brightness_stay_within_their_ranges() -> None:
     offset = out.mean(dim=(1, 2, 3)) - gain * batch.mean(dim=(1, 2, 3))
     assert 0.899 < gain.min() < 0.92 < 1.08 < gain.max() < 1.101
     assert -0.201 < offset.min() < -0.18 < 0.18 < offset.max() < 0.201
+
+
+def test_a_single_transform_leaves_the_others_out() -> None:
+    batch = torch.full((4000, 1, 20, 20), 2.0)
+    batch[:, :, ::2] = 1.0
+    how = Augmentation(brightness=0.5, contrast=0.5, erase=1.0, is_single=True)
+    out = augment(batch, rows(4000), how, seed=0, epoch=0)
+    erased = (out == 0).any(dim=(1, 2, 3))
+    whole = out[:, 0, :2, 0]  # rows of 1 and of 2: their distance is the gain
+    gain, offset = whole[:, 1] - whole[:, 0], 2 * whole[:, 0] - whole[:, 1]
+    contrast, bright = ~erased & ((gain - 1).abs() > 1e-4), ~erased & (offset.abs() > 1e-4)
+    assert not (contrast & bright).any()
+    for happened in (erased, contrast, bright):
+        assert abs(happened.float().mean() - 1 / 8) < 0.02
+    rest = ~(erased | contrast | bright)
+    torch.testing.assert_close(out[rest], batch[rest])
 
 
 def blob(height: int, width: int) -> Tensor:

@@ -86,7 +86,7 @@ class TrainingArguments:
     image_size: Annotated[int | None, Parameter(group=TRAINING)] = None
     """Side of the square input in pixels."""
     augment: Annotated[str | None, Parameter(group=TRAINING)] = None
-    """none, gentle or natural."""
+    """none, gentle, medical, natural or trivial."""
     seed: Annotated[int | None, Parameter(group=TRAINING)] = None
     """Of weights, order and augmentation."""
     time_budget: Annotated[str | None, Parameter(group=TRAINING)] = None

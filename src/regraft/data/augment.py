@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-# Draws 0 to 12 transform an image; its place in the epoch has a draw of its own, since a shared
-# one would fill each batch with images turned by the same angle.
-ORDER_DRAW = 13
+# Draws 0 to 12 transform an image. Its place in the epoch has a draw of its own, since a shared
+# one would fill each batch with images turned by the same angle; so has the choice of one transform.
+ORDER_DRAW, CHOICE_DRAW = 13, 14
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Augmentation:
         contrast: Largest relative change.
         flip: Whether left and right may be exchanged.
         erase: Probability that a rectangle is blanked (arXiv:1708.04896).
+        is_single: Whether an image gets only one of these (or none), beside the flip.
     """
 
     rotate: float = 0.0
@@ -41,21 +42,30 @@ class Augmentation:
     contrast: float = 0.0
     flip: bool = False
     erase: float = 0.0
+    is_single: bool = False
 
 
+# Grey, medical, characters: left is not right, and small findings must not be erased.
+# Ranges assumed; that they help is measured: docs/log.md 2026-11-23.
+GENTLE = Augmentation(rotate=10, zoom=0.1, stretch=0.05, shift=0.08, brightness=0.1, contrast=0.1)
 AUGMENTATIONS = {
     "none": Augmentation(),
-    # Grey, medical, characters: left is not right, and small findings must not be erased.
-    # Ranges assumed; that they help is measured: docs/log.md 2026-11-23.
-    "gentle": Augmentation(
-        rotate=10, zoom=0.1, stretch=0.05, shift=0.08, brightness=0.1, contrast=0.1
-    ),
+    "gentle": GENTLE,
+    "medical": GENTLE,
     # Photographs. Erasing 0.25: arXiv:1708.04896; the ranges are assumed.
     "natural": Augmentation(
         rotate=5, zoom=0.2, stretch=0.1, shift=0.125, brightness=0.2, contrast=0.2,
         flip=True, erase=0.25,
     ),
+    # Photographs, one strong transform at a time: TrivialAugment, arXiv:2103.10158, with the
+    # transforms there are here; ranges assumed.
+    "trivial": Augmentation(
+        rotate=30, zoom=0.4, stretch=0.3, shift=0.3, brightness=0.8, contrast=0.8,
+        flip=True, erase=1.0, is_single=True,
+    ),
 }  # fmt: skip
+# Columns of the draws that belong together; a single transform is one of these, or none.
+TRANSFORMS = ((0,), (1,), (2,), (4, 5), (6,), (7,), (12,), ())
 
 
 def augment(
@@ -64,12 +74,24 @@ def augment(
     """Returns transformed copies of normalised images (mean 0, std 1 for each channel)."""
     if how == Augmentation():
         return images_BCHW
-    draws = torch.from_numpy(uniform(seed, epoch, samples, ORDER_DRAW)).to(images_BCHW)
+    drawn = uniform(seed, epoch, samples, CHOICE_DRAW + 1)
+    if how.is_single:
+        _leave_one(drawn)
+    draws = torch.from_numpy(drawn).to(images_BCHW)
     signed = 2 * draws - 1
     images_BCHW = _warp(images_BCHW, signed, how)
     gain, offset = 1 + how.contrast * signed[:, 6], how.brightness * signed[:, 7]
     images_BCHW.mul_(gain[:, None, None, None]).add_(offset[:, None, None, None])
     return _erase(images_BCHW, draws, how.erase) if how.erase else images_BCHW
+
+
+def _leave_one(drawn: NDArray[np.float32]) -> None:
+    """Puts all draws but those of one transform where they do nothing."""
+    chosen = (drawn[:, CHOICE_DRAW] * len(TRANSFORMS)).astype(int)
+    for number, columns in enumerate(TRANSFORMS):
+        for column in columns:
+            idle = 1.0 if column == 12 else 0.5  # an erasure happens below its probability
+            drawn[chosen != number, column] = idle
 
 
 def uniform(seed: int, epoch: int, samples: NDArray[np.int64], number: int) -> NDArray[np.float32]:

@@ -118,9 +118,10 @@ class Recipe(BaseModel):
         description="auto: the power of two nearest to a twentieth of the images, 16 to 128 "
         "(128: arXiv:1803.05407; fewer for small data, so that an epoch has steps; assumed)",
     )
-    augment: Literal["auto", "none", "gentle", "natural"] = Field(
+    augment: Literal["auto", "none", "gentle", "medical", "natural", "trivial"] = Field(
         "auto",
-        description="gentle: small turns, shifts, zoom, contrast; natural: also flips and erasing. "
+        description="gentle, or medical: small turns, shifts, zoom, contrast; natural: also flips "
+        "and erasing; trivial: one strong transform an image (arXiv:2103.10158), for photographs. "
         "auto: natural for colour, gentle for grey",
     )
     optimizer: Literal["auto", "sgd", "adamw", "adam"] = Field(
