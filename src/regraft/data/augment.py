@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # Draws 0 to 12 transform an image. Its place in the epoch has a draw of its own, since a shared
-# one would fill each batch with images turned by the same angle; so has the choice of one transform.
+# one would fill each batch with images turned by the same angle; so has the choice of a transform.
 ORDER_DRAW, CHOICE_DRAW = 13, 14
 
 
