@@ -27,11 +27,12 @@ from regraft.evaluation.testing import (
     test_images,
 )
 from regraft.inputs import InputSpec
+from regraft.locks import refuse_busy, writing
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting, quiet
 from regraft.run import FINISHED, Run, refuse_existing, refuse_inside
-from regraft.storage import read_json, write_json
+from regraft.storage import json_content, read_json, replace
 from regraft.training.arms import Arms, judged
 from regraft.training.plan import Plan
 from regraft.training.recipe import Recipe
@@ -157,16 +158,17 @@ def compare(
     inputs = begun.inputs(recipe, dataset)
     session = Session.prepare(dataset, inputs, engine or Engine(), on_progress).pooled(recipe)
     arms = Arms(session, begun, recipe, out, metric)
-    for seed in range(recipe.seed, recipe.seed + seeds):
-        arms.run(seed)
-    for share in sorted(set(fractions) - {1.0}):
+    with writing(out, here=session.engine.is_main):
         for seed in range(recipe.seed, recipe.seed + seeds):
-            arms.run(seed, share)
-    shares = sorted(set(fractions) | {1.0})
-    comparison = judged(arms, shares if len(shares) > 1 else [])
-    if session.engine.is_main:
-        write_json(out / "comparison.json", comparison)
-        report([out], out=out / "report.html")
+            arms.run(seed)
+        for share in sorted(set(fractions) - {1.0}):
+            for seed in range(recipe.seed, recipe.seed + seeds):
+                arms.run(seed, share)
+        shares = sorted(set(fractions) | {1.0})
+        comparison = judged(arms, shares if len(shares) > 1 else [])
+        if session.engine.is_main:
+            replace(out, {"comparison.json": json_content(comparison)})
+            report([out], out=out / "report.html")
     return comparison
 
 
@@ -194,7 +196,9 @@ def evaluate(
     channels = fitting_channels(dataset, classifier.inputs.channels)
     told = counting(on_progress, "decoding")
     with engine.first_on_machine():
-        cache, dataset = Cache.build(dataset, classifier.inputs.size, channels, told)
+        cache, dataset = Cache.build(
+            dataset, classifier.inputs.size, channels, told, lambda text: on_progress(Note(text))
+        )
     engine.place(classifier)
     predictions = predict_dataset(classifier, dataset, cache, own_rows(dataset), engine)
     return record_evaluation(opened, predictions, dataset, cache, split, write=engine.is_main)
@@ -268,6 +272,7 @@ def _worth_of_features(run: Run) -> str:
 
 
 def _opened(data: Data, out: Path) -> Dataset:
+    refuse_busy(out)
     refuse_existing(out)
     root = data.root if isinstance(data, Dataset) else Path(data)
     refuse_inside(out, root)

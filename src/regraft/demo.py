@@ -13,7 +13,7 @@ from regraft import api
 from regraft.data.decode import encode_png
 from regraft.progress import Note, OnProgress
 from regraft.run import refuse_existing
-from regraft.storage import write_bytes
+from regraft.storage import make_folder, write_bytes
 from regraft.training.recipe import Recipe
 
 ARCH, SIZE = "resnet10t", 32  # measured: the source learns in under 30 s on 2 cores
@@ -66,5 +66,5 @@ def write_digits(source: Path, target: Path) -> None:
             split = ("train", "val")[seen[name] // FEW] if seen[name] < 2 * FEW else "test"
             seen[name] += 1
             path = target / split / name
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         write_bytes(path / f"{number:04d}.png", encode_png(image))

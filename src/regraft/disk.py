@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from regraft.errors import EnvironmentFault
 
@@ -84,12 +85,12 @@ def truncate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, mode: int = 0o777) -> None:
     """Makes the folder and those above it that are missing, and waits until the disk has them."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode, exist_ok=True)
     sync_folder(folder.parent)
 
 
@@ -101,11 +102,19 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def reserve(path: Path, size: int) -> None:
-    """Takes the space of a file that will be written through memory.
+def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """Returns a new file in numpy's format, to be written through memory.
 
-    A full disk is told here; later it would end the process with SIGBUS.
+    Its space is taken at once: a full disk is told here; later it would end the process by SIGBUS.
     """
+    import numpy as np
+
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    _reserve(path, path.stat().st_size)
+    return array
+
+
+def _reserve(path: Path, size: int) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         if size and hasattr(os, "posix_fallocate"):  # macOS has none

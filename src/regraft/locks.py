@@ -20,15 +20,23 @@ MOST_BYTES = 4096  # of what a holder says of itself; assumed
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def writing(folder: Path, *, here: bool = True) -> Iterator[None]:
     """Holds a Run for writing, and removes what killed writers left half-written.
+
+    Args:
+        folder: Is made where there is none.
+        here: Whether this process writes; of several, one does.
 
     Raises:
         BusyError: Another process holds it.
         EnvironmentFault: The folder cannot be written, or its file system has no locks.
     """
+    if not here:
+        yield
+        return
     path = folder / LOCK
     with disk.told(path):
+        disk.make_folder(folder)
         descriptor = disk.open_log(path)
     try:
         _take(descriptor, path)
@@ -39,6 +47,21 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)  # and with it the lock; the file stays: its name is no claim
+
+
+def refuse_busy(folder: Path) -> None:
+    """Refuses a Run that another process is writing.
+
+    Raises:
+        BusyError: One is.
+    """
+    path = folder / LOCK
+    if path.is_file():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _take(descriptor, path)
+        finally:
+            os.close(descriptor)
 
 
 def _take(descriptor: int, path: Path) -> None:

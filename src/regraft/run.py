@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.storage import (
+    MANIFEST,
     Content,
     Store,
     append_json_line,
@@ -21,6 +22,7 @@ from regraft.storage import (
     parse_json_lines,
     read_json_lines,
     read_verified,
+    remove_file,
     remove_folder,
     replace,
     sha256_of,
@@ -28,6 +30,8 @@ from regraft.storage import (
 )
 
 SCHEMA = 1
+UNBORN = {"lock", "manifest.json", "samples.jsonl", "lineage.jsonl", "status.json"}
+"""What a folder holds in which a Run was about to begin: its run.json is written last."""
 LOGS = ("metrics.jsonl", "times.jsonl", "trials.jsonl")
 FINISHED, INTERRUPTED, RUNNING, FAILED = "finished", "interrupted", "running", "failed"
 
@@ -110,6 +114,7 @@ class Run:
             "status.json": json_content({"state": RUNNING}),
             "run.json": json_content(document),  # the last: with it the folder is a Run
         }
+        remove_file(folder / MANIFEST)  # of one that was killed before it was a Run
         replace(folder, contents)
         return cls(folder)
 
@@ -258,12 +263,18 @@ def refuse_existing(folder: Path) -> None:
     """Refuses to write over anything.
 
     Raises:
-        UsageError: `folder` is a file, or a folder that is not empty.
+        UsageError: `folder` is a file, or a folder that holds more than a Run that was killed
+            before it was one.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or any(name not in UNBORN and not _is_leftover(name) for name in names):
         raise UsageError(
             f"`{folder}` exists already", hint="choose another `--out`; nothing is overwritten"
         )
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 def refuse_inside(folder: Path, data: Path) -> None:

@@ -45,11 +45,11 @@ from regraft.manifests import (
 
 __all__ = [  # reading is a room of its own, and this the door
     "MANIFEST", "Content", "Entry", "Manifest", "Step", "Store", "append_json_line", "cache_home",
-    "committed", "committed_folder", "cut_log", "holds", "json_content", "make_folder",
-    "parse_json", "parse_json_lines", "read_json", "read_json_lines", "read_regular",
-    "read_verified", "remove_folder", "remove_leftovers", "replace", "sha256_of",
+    "committed", "committed_folder", "cut_log", "holds", "is_whole", "json_content", "make_cache",
+    "make_folder", "parse_json", "parse_json_lines", "read_json", "read_json_lines", "read_regular",
+    "read_verified", "remove_file", "remove_folder", "remove_leftovers", "replace", "sha256_of",
     "sha256_of_file", "to_json", "to_json_lines", "verify_manifest", "write_bytes", "write_file",
-    "write_folder", "write_json", "write_manifest", "write_text",
+    "write_folder", "write_json", "write_listed", "write_manifest", "write_text",
 ]  # fmt: skip
 
 Content = bytes | Sequence[bytes | memoryview]
@@ -189,7 +189,7 @@ def _sync_file(path: Path) -> None:
 
 
 @contextmanager
-def committed_folder(path: Path, kind: str = "file") -> Iterator[Path]:
+def committed_folder(path: Path, kind: str = "file", *, replaces: bool = False) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; it becomes `path` on success, and goes otherwise.
 
     Its manifest is written last, over whatever files it has got. Where another process was first,
@@ -198,6 +198,7 @@ def committed_folder(path: Path, kind: str = "file") -> Iterator[Path]:
     Args:
         path: In a folder that exists.
         kind: How failpoints call it.
+        replaces: Whether it takes the place of the one that is there.
     """
     with disk.told(path), _temporary_folder(path, kind) as temporary:
         yield temporary
@@ -205,7 +206,28 @@ def committed_folder(path: Path, kind: str = "file") -> Iterator[Path]:
         for file in sorted(temporary.iterdir()):
             _sync_file(file)
             entries[file.name] = Entry(file.stat().st_size, sha256_of_file(file))
-        _seal(temporary, path, entries, kind)
+        _seal(temporary, path, entries, kind, replaces=replaces)
+
+
+def make_cache(folder: Path) -> None:
+    """Makes a folder of the cache, which only its user may enter: whoever can write there can also
+    write a manifest.
+
+    Raises:
+        EnvironmentFault: The machine refuses.
+    """
+    with disk.told(folder):
+        disk.make_folder(cache_home(), 0o700)
+        disk.make_folder(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a committed folder lies there, each file verified by its hash."""
+    try:
+        verify_manifest(folder)
+    except (ArtefactError, OSError):  # damaged, absent, or removed by another process meanwhile
+        return False
+    return True
 
 
 def make_folder(folder: Path) -> None:
@@ -253,11 +275,15 @@ def _temporary_folder(path: Path, kind: str) -> Iterator[Path]:
             disk.remove_folder(temporary)
 
 
-def _seal(temporary: Path, path: Path, entries: Mapping[str, Entry], kind: str) -> None:
+def _seal(
+    temporary: Path, path: Path, entries: Mapping[str, Entry], kind: str, *, replaces: bool = False
+) -> None:
     """Adds the manifest, and gives the folder its name."""
     _write_in(temporary / MANIFEST, Manifest(temporary, dict(entries)).content(), kind)
     disk.sync_folder(temporary)
     failpoint(f"{kind}.sealed")
+    if replaces:
+        remove_folder(path)
     try:
         disk.rename(temporary, path)
     except OSError:
@@ -270,10 +296,17 @@ def _seal(temporary: Path, path: Path, entries: Mapping[str, Entry], kind: str) 
 
 def remove_folder(path: Path) -> None:
     """Removes a committed folder: at once for everyone who looks for it."""
-    if path.is_dir():
-        temporary = _temporary_name(path)
+    temporary = _temporary_name(path)
+    try:
         disk.rename(path, temporary)
-        disk.remove_folder(temporary)
+    except FileNotFoundError:  # as it should be
+        return
+    disk.remove_folder(temporary)
+
+
+def remove_file(path: Path) -> None:
+    with disk.told(path):
+        disk.remove(path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -454,6 +487,14 @@ def _entry_of(content: Content) -> Entry:
 def _log_entry(path: Path, size: int | None, grow: bool) -> Entry:
     content = path.read_bytes()[:size]
     return Entry(len(content), hashlib.sha256(content).hexdigest(), grows=grow)
+
+
+def write_listed(path: Path, content: bytes) -> None:
+    """Commits a file; where its folder has a manifest, that vouches for it too."""
+    if (path.parent / MANIFEST).is_file():
+        replace(path.parent, {path.name: content})
+    else:
+        write_file(path, content)
 
 
 # Logs

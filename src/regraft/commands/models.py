@@ -87,7 +87,7 @@ def predict(
     from regraft.engine import Engine
     from regraft.evaluation.predictions import to_csv, to_records
     from regraft.run import refuse_existing, refuse_inside
-    from regraft.storage import write_text
+    from regraft.storage import write_listed
 
     if out is not None:
         refuse_existing(out)
@@ -100,7 +100,7 @@ def predict(
     elif out is None:
         sys.stdout.write(to_csv(table, broken).replace("\r\n", "\n"))
     if out is not None:
-        write_text(out, to_csv(table, broken))
+        write_listed(out, to_csv(table, broken).encode("utf-8", "surrogateescape"))
         tell(f"{count(len(table.paths) if table else 0, 'prediction')} in {out}")
     if broken:
         tell(f"{count(len(broken), 'file')} could not be read; see the column `error`")

@@ -5,7 +5,6 @@ and decode rule: the same images in another folder find it again.
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +20,20 @@ from regraft.data.decode import (
     read_content,
     read_pixels,
 )
+from regraft.disk import create_array
 from regraft.errors import ArtefactError, UsageError
 from regraft.inputs import DECODER, InputSpec
-from regraft.storage import cache_home, committed_folder, read_json, sha256_of, write_json
+from regraft.storage import (
+    cache_home,
+    committed_folder,
+    is_whole,
+    make_cache,
+    read_json,
+    remove_folder,
+    remove_leftovers,
+    sha256_of,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,9 @@ class Cache:
         size: tuple[int, int],
         channels: int,
         on_progress: Callable[[int, int], None] | None = None,
+        on_note: Callable[[str], None] = lambda _text: None,
     ) -> tuple["Cache", Dataset]:
-        """Decodes what no earlier run has decoded.
+        """Decodes what no earlier run has decoded, or what is damaged; that is told to `on_note`.
 
         Returns:
             The cache, and the dataset without the images that turned out to be broken, where the
@@ -64,19 +75,21 @@ class Cache:
                 hint="set REGRAFT_CACHE to another folder",
             )
         folder = cache_home() / _key(dataset, size, channels)
-        cached = _load(folder)
-        if cached is None:
-            shutil.rmtree(folder, ignore_errors=True)  # damaged: no reader needs it by name
-            folder.parent.mkdir(parents=True, exist_ok=True)
+        while (cached := _load(folder)) is None:  # again, where another process removed it
+            make_cache(folder.parent)
+            remove_leftovers(folder.parent)
+            if folder.is_dir():
+                on_note(f"warning: the cache `{folder}` was damaged: decoding again")
+                remove_folder(folder)
             try:
                 _fill(folder, dataset, size, channels, on_progress)
             except _BrokenImages as found:
                 if "unreadable" not in dataset.options.allow:
                     problem = unreadable_problem([(s.path, error) for s, error in found.broken])
                     raise unusable(dataset.root, [problem]) from found
-                return cls.build(dataset.without(found.broken), size, channels, on_progress)
-            cached = _load(folder)
-        assert cached is not None
+                return cls.build(
+                    dataset.without(found.broken), size, channels, on_progress, on_note
+                )
         return cached, dataset
 
     def statistics(self, rows: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -103,6 +116,8 @@ class Cache:
 
 def _load(folder: Path) -> Cache | None:
     """Returns the entry, or None where there is none or it is damaged."""
+    if not is_whole(folder):
+        return None
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
         is_grey = bool(read_json(folder / "cache.json")["is_grey"])
@@ -131,10 +146,9 @@ def _fill(
 ) -> None:
     broken = []
     is_grey = True
-    with committed_folder(folder) as temporary:
-        images = np.lib.format.open_memmap(
+    with committed_folder(folder, "cache") as temporary:
+        images = create_array(
             temporary / "images.npy",
-            mode="w+",
             dtype=np.uint16 if dataset.bit_depth == 16 else np.uint8,
             shape=(len(dataset.samples), *size, channels),
         )

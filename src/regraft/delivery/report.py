@@ -11,7 +11,7 @@ from regraft.delivery.pages import placeless, rendered
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.progress import duration
 from regraft.run import FAILED, FINISHED, INTERRUPTED, RUNNING, SCHEMA, Run
-from regraft.storage import read_json, read_json_lines, write_text
+from regraft.storage import make_folder, read_json, read_json_lines, write_listed
 
 MOST_THUMBNAILS = 24
 MOST_CONFUSED = 30  # classes: assumed, a larger matrix cannot be read on a page
@@ -56,8 +56,8 @@ def write_report(folders: list[Path], out: Path) -> Path:
             hint="choose an `--out` ending in `.html`",
         )
     page = _rendered(folders)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    make_folder(out.parent)
+    write_listed(out, page.encode("utf-8", "surrogateescape"))
     return out
 
 

@@ -1,6 +1,5 @@
 """The test images of a Run: found again by content, predicted plainly, and written down."""
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -38,7 +37,7 @@ from regraft.inputs import InputSpec
 from regraft.models.classifier import Classifier
 from regraft.progress import OnProgress, counting
 from regraft.run import Run
-from regraft.storage import committed_folder, sha256_of, write_bytes, write_json, write_text
+from regraft.storage import committed_folder, json_content, sha256_of, write_bytes
 
 NUM_MISTAKES = 24  # thumbnails kept for the report
 THUMBNAIL_PX = 128
@@ -176,14 +175,15 @@ def record_evaluation(
     }
     if not write:
         return document
-    shutil.rmtree(run.folder / "mistakes", ignore_errors=True)
-    with committed_folder(run.folder / "mistakes") as folder:
+    with committed_folder(run.folder / "mistakes", "mistakes", replaces=True) as folder:
         for number, position in enumerate(worst):
             pixels = cache.images[row_of[predictions.paths[position]]]
             step = max(1, max(pixels.shape[:2]) // THUMBNAIL_PX)
             write_bytes(folder / f"{number:03d}.png", encode_png(pixels[::step, ::step]))
-    write_text(run.folder / "predictions.csv", to_csv(predictions))
-    write_json(run.folder / "evaluation.json", document)
+    run.write_files({
+        "predictions.csv": to_csv(predictions).encode("utf-8", "surrogateescape"),
+        "evaluation.json": json_content(document),
+    })  # fmt: skip
     return document
 
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
@@ -28,11 +29,22 @@ from regraft.data.batches import (
     plain_order,
     shuffled_batches,
 )
+from regraft.disk import create_array
 from regraft.engine import evaluating
 from regraft.models.backbone import Backbone
 from regraft.models.stages import Cut
 from regraft.progress import Counting
-from regraft.storage import cache_home, committed_folder, read_json, sha256_of, write_json
+from regraft.storage import (
+    cache_home,
+    committed_folder,
+    is_whole,
+    make_cache,
+    read_json,
+    remove_folder,
+    remove_leftovers,
+    sha256_of,
+    write_json,
+)
 from regraft.training.feeds import Feed, Live
 from regraft.training.recipe import Phase
 
@@ -113,7 +125,7 @@ def choose_feed(
     trains = any(each.learns != "head" for each in served)
     views = live.views or 0 if trains else 0
     folder = cache_home() / "activations" / _key(live, backbone, cut, views)
-    if live.engine.any(not (folder / "activations.json").is_file()):
+    if live.engine.any(not _is_whole(folder)):
         obstacle = yield from _fill(folder, live, backbone, cut, views)
         if obstacle:
             return live, obstacle
@@ -130,6 +142,10 @@ def _fill(
     engine, rows = live.engine, live.material.train_rows
     both = np.concatenate([rows, live.material.val_rows])
     total = len(both) + views * len(rows)
+    make_cache(folder.parent)
+    if engine.is_first_here:
+        remove_leftovers(folder.parent)
+        remove_folder(folder)  # damaged, if it is there at all
     with evaluating(backbone), torch.inference_mode():
         plain = _below(live, backbone, cut, live.plain_batches(both))
         first = list(islice(plain, 1))  # none, where other processes have all
@@ -142,13 +158,12 @@ def _fill(
                 f"its activations need {needed / 2**30:.1f} GiB of disk, more than the "
                 f"{room / 2**30:.1f} GiB there is for them"
             )
-        with committed_folder(folder) if engine.is_first_here else nullcontext() as temporary:
+        begun = committed_folder(folder, "activations") if engine.is_first_here else nullcontext()
+        with begun as temporary:
             values: NDArray[Any] | None = None
             if temporary is not None:
                 shape = (total, *example.shape[1:])
-                values = np.lib.format.open_memmap(
-                    temporary / "values.npy", "w+", example.dtype, shape
-                )
+                values = create_array(temporary / "values.npy", example.dtype, shape)
             passes: list[tuple[int, Iterator[Tensor]]] = [(len(both), chain(first, plain))]
             passes += [
                 (len(rows), _below(live, backbone, cut, live.view_batches(view)))
@@ -170,6 +185,20 @@ def _fill(
     return ""
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether the activations are there and verify; hashed once while their files stay the same."""
+    try:
+        files = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    except OSError:
+        return False
+    return _verified(folder, *((name, s.st_ino, s.st_size, s.st_ctime_ns) for name, s in files))
+
+
+@lru_cache(maxsize=64)
+def _verified(folder: Path, *_files: tuple[str, int, int, int]) -> bool:
+    return is_whole(folder)
+
+
 def _below(live: Live, backbone: Backbone, cut: Cut, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     for images_BCHW in batches:
         with live.engine.autocast():  # of the network alone: images are augmented in float32
@@ -188,13 +217,14 @@ def _to_disk(activations: Tensor) -> NDArray[Any]:
 
 def _make_room(home: Path, needed: int) -> int:
     """Deletes the least recently used activations; returns the bytes there are then."""
-    home.mkdir(parents=True, exist_ok=True)
-    folders = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    # Folders of other processes come and go; hidden ones are at work.
+    folders = [path for path in home.glob("*") if path.is_dir() and path.name[0] != "."]
+    folders = sorted(folders, key=lambda folder: folder.stat().st_mtime)
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     most = int(min(BUDGET_BYTES, (shutil.disk_usage(home).free + sum(sizes)) * KEPT_FREE))
     if needed <= most:
         while folders and sum(sizes) + needed > most:
-            shutil.rmtree(folders.pop(0), ignore_errors=True)
+            remove_folder(folders.pop(0))
             sizes.pop(0)
     return most
 

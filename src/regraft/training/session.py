@@ -20,11 +20,12 @@ from regraft.errors import RegraftError, count, shorten
 from regraft.evaluation.predictions import eval_batch, infer
 from regraft.evaluation.testing import fitting_channels, labelled
 from regraft.inputs import InputSpec
+from regraft.locks import writing
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration, quiet
-from regraft.run import FAILED, FINISHED, INTERRUPTED, Run
+from regraft.run import FAILED, FINISHED, INTERRUPTED, Run, refuse_existing
 from regraft.training.auto import Trial, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit, to_json
@@ -118,7 +119,9 @@ class Session:
         channels = fitting_channels(dataset, inputs.channels)
         with engine.first_on_machine():
             told = counting(on_progress, "decoding")
-            cache, dataset = Cache.build(dataset, inputs.size, channels, told)
+            cache, dataset = Cache.build(
+                dataset, inputs.size, channels, told, lambda text: on_progress(Note(text))
+            )
         for note in dataset.notes:
             on_progress(Note(f"data: {note}"))
         if dataset.channels == 1 and channels == 3:
@@ -215,9 +218,24 @@ class Session:
         Raises:
             Stopped: A signal came; the Run holds the best epoch so far.
             UsageError: The recipe cannot work with this backbone or so few images.
+            BusyError: Another process is writing the Run.
         """
+        if self.engine.is_main:
+            refuse_existing(out)
         refuse_frozen_random(backbone, recipe)
         refuse_single_images(backbone, recipe, len(self.dataset.rows("train")))
+        with writing(out, here=self.engine.is_main):
+            return self._train(backbone, recipe, out, record, plan, random)
+
+    def _train(
+        self,
+        backbone: Backbone,
+        recipe: Recipe,
+        out: Path,
+        record: dict[str, Any],
+        plan: Plan | None,
+        random: Callable[[], Backbone] | None,
+    ) -> Trained:
         classifier = Classifier(backbone, self.dataset.class_names, seed=recipe.seed)
         self.engine.place(classifier)
         run = self._create_run(classifier, recipe, out, record)
