@@ -62,7 +62,7 @@ def test_a_full_or_forbidden_disk_is_told_as_such(tmp_path: Path, number: int) -
     with pytest.raises(EnvironmentFault) as caught:
         write_half(tmp_path / "a.txt", OSError(number, os.strerror(number)))
     assert f"a.txt` cannot be written: {os.strerror(number)}" in str(caught.value)
-    assert "hint: free space or choose another place" in str(caught.value)
+    assert "hint: check the place, its permissions and the free space" in str(caught.value)
     assert caught.value.exit_code == 5
     assert (tmp_path / "a.txt").read_text() == "old"
     assert names(tmp_path) == ["a.txt"]

@@ -15,6 +15,7 @@ from typing import Any
 
 from regraft.errors import EnvironmentFault
 
+HINT = "check the place, its permissions and the free space; what was committed before is intact"
 LEAST_FREE_BYTES = 16 * 2**20  # for manifests, logs and folders; assumed
 REFUSALS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
@@ -38,7 +39,7 @@ def told(path: Path) -> Iterator[None]:
             raise
         raise EnvironmentFault(
             f"`{path}` cannot be written: {error.strerror}",
-            hint="free space or choose another place; everything committed before is intact",
+            hint=HINT,
         ) from error
 
 
@@ -140,7 +141,7 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed + LEAST_FREE_BYTES:
         raise EnvironmentFault(
             f"`{folder}` needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-            hint="free space or choose another place; everything committed before is intact",
+            hint=HINT,
         )
 
 
