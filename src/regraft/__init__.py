@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regraft.api import compare, evaluate, finetune, predict, pretrain, report
+    from regraft.api import compare, evaluate, finetune, import_weights, predict, pretrain, report
     from regraft.data.dataset import DataOptions, Dataset
     from regraft.models.backbone import Backbone
     from regraft.models.classifier import Classifier
@@ -16,6 +16,7 @@ _HOMES = {
     "finetune": "regraft.api",
     "compare": "regraft.api",
     "evaluate": "regraft.api",
+    "import_weights": "regraft.api",
     "predict": "regraft.api",
     "report": "regraft.api",
     "DataOptions": "regraft.data.dataset",
@@ -37,6 +38,7 @@ __all__ = [
     "compare",
     "evaluate",
     "finetune",
+    "import_weights",
     "predict",
     "pretrain",
     "report",

@@ -3,7 +3,7 @@
 `on_progress` is told `Note`, `Counting`, `Step`, `Epoch`, `Plan` and `Trial` records.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from regraft.inputs import InputSpec
 from regraft.locks import refuse_busy, writing
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
+from regraft.models.foreign import Import, import_classifier
 from regraft.progress import Note, OnProgress, counting, quiet
-from regraft.run import FINISHED, Run, refuse_existing, refuse_inside
+from regraft.run import FINISHED, Run, elsewhere, refuse_existing, refuse_inside
 from regraft.storage import json_content, read_json, replace
 from regraft.training.arms import Arms, judged
 from regraft.training.plan import Plan
@@ -172,6 +173,38 @@ def compare(
     return comparison
 
 
+def import_weights(
+    file: Place,
+    *,
+    out: Place,
+    source: str,
+    arch: str | None = None,
+    image_size: int | None = None,
+    class_names: Sequence[str] = (),
+    preprocessing: str | None = None,
+    numbers: Mapping[str, Any] | None = None,
+    on_progress: OnProgress = quiet,
+) -> Classifier:
+    """Makes a start from weights that Keras, torch or timm saved; code in a file is never run.
+
+    Args:
+        source: Where the weights are from, in words; every model that comes of them says it.
+        preprocessing: keras-rescale, caffe, tf, torch or none.
+        numbers: `mean`, `std`, `scale`, instead of the preprocessing's.
+
+    Example:
+        >>> import_weights("first_try.h5", out="start", arch="vgg16", source="own training")
+    """
+    refuse_existing(Path(out))
+    side = None if image_size is None else (image_size, image_size)
+    asked = Import(Path(file), source, arch, side, tuple(class_names), preprocessing, numbers)
+    classifier, notes = import_classifier(asked)
+    classifier.save(Path(out))
+    for note in notes:
+        on_progress(Note(f"import: {note}"))
+    return classifier
+
+
 def evaluate(
     run: Place,
     data: Data,
@@ -283,6 +316,8 @@ def _started(start: Place, arch: str | None, adapt: Sequence[str], told: OnProgr
     begun = Start.load(Path(start), arch, adapt)
     if begun.run is not None:
         _tell_unfinished(begun.run, told)
+    for source in elsewhere(begun.classifier.lineage):
+        told(Note(f"start: weights from elsewhere: {source}; what they have seen is not known"))
     return begun
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import models, training
+from regraft.commands import foreign, models, training
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
 from regraft.terminal import print_error, speaks, tell
 
@@ -33,7 +33,8 @@ for command in (
     models.report,
 ):
     app.command(command)
-ALONE = ("demo", "predict", "recipe", "report")  # commands of one process
+app.command(foreign.import_, name="import")
+ALONE = ("demo", "import", "predict", "recipe", "report")  # commands of one process
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -290,6 +290,12 @@ def refuse_inside(folder: Path, data: Path) -> None:
         )
 
 
+def elsewhere(lineage: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns where weights came from that no training of regraft made; empty for none."""
+    imports = [record for record in lineage if record.get("verb") == "import"]
+    return [f"{record.get('source')} ({record.get('file')})" for record in imports]
+
+
 def versions() -> dict[str, str]:
     """Returns the versions that a result depends on."""
     packages = ("regraft", "torch", "timm", "numpy", "pillow")

@@ -23,6 +23,11 @@ from regraft.errors import ArtefactError, RegraftError, UsageError, shorten
 from regraft.inputs import InputSpec
 from regraft.models.stages import Cut, called, dry_run, find_cut, run_above, run_below, stages
 
+# Networks of timm with options of it: as Keras computes them, with zeros below and right of a map
+# whose side is even, and its epsilon. Held to Keras' outputs by tests/test_keras_reference.py.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "keras_mobilenetv2_100": ("mobilenetv2_100", {"pad_type": "same", "bn_eps": 1e-3}),
+}
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -206,6 +211,7 @@ class _Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
     import timm
 
+    arch, options = VARIANTS.get(arch, (arch, {}))
     if not timm.is_model(arch):
         close = get_close_matches(arch, timm.list_models(), n=3)
         raise UsageError(
@@ -213,14 +219,30 @@ def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
             hint=f"perhaps {shorten(close)}" if close else "for your own write `file.py:factory`",
         )
     # timm would draw 120 million values for VGG's neck, to be dropped below: make it narrow.
-    narrow = {"mlp_ratio": 1 / 512} if arch.startswith("vgg") else {}
+    if arch.startswith("vgg"):
+        options = {"mlp_ratio": 1 / 512}
     body: nn.Module = timm.create_model(
-        arch, pretrained=False, num_classes=0, in_chans=inputs.channels, **narrow
+        arch, pretrained=False, num_classes=0, in_chans=inputs.channels, **options
     )
     if hasattr(body, "set_input_size"):
         body.set_input_size(img_size=inputs.size)  # type: ignore[operator]
     _drop_unused(body, inputs)
     return body
+
+
+def whole_network(arch: str, inputs: InputSpec, num_classes: int) -> nn.Module | None:
+    """Returns a network of timm with its own classifier, as others train it; None for own ones."""
+    import timm
+
+    name, options = VARIANTS.get(arch, (arch, {}))
+    if is_own(arch) or not timm.is_model(name):
+        return None
+    network: nn.Module = timm.create_model(
+        name, pretrained=False, num_classes=num_classes, in_chans=inputs.channels, **options
+    )
+    if hasattr(network, "set_input_size"):
+        network.set_input_size(img_size=inputs.size)  # type: ignore[operator]
+    return network.eval()
 
 
 def _drop_unused(body: nn.Module, inputs: InputSpec) -> None:

@@ -91,24 +91,30 @@ class Classifier(nn.Module):
         }
 
     @classmethod
-    def load(cls, folder: str | Path, *, arch: str | None = None) -> "Classifier":
+    def load(
+        cls, folder: str | Path, *, arch: str | None = None, needs_head: bool = True
+    ) -> "Classifier":
         """Reads a Run's `final` folder, or the Run itself.
 
         Args:
             folder: The folder.
             arch: For a user's own network, its `file.py:factory` once more: code that an
                 artefact names is never imported unasked.
+            needs_head: Whether it is to classify; a start is not.
 
         Raises:
-            ArtefactError: A file is missing, damaged or invalid.
+            ArtefactError: A file is missing, damaged or invalid; or it was imported without a head.
         """
         given, chosen = Path(folder), final_folder(Path(folder))
         while True:
             try:
-                return cls._read(chosen, arch)
+                classifier = cls._read(chosen, arch)
+                break
             except ArtefactError:  # a training may have put a better one in its place meanwhile
                 if chosen == (chosen := final_folder(given)):
                     raise
+        classifier._mind_import(given, needs_head)
+        return classifier
 
     @classmethod
     def _read(cls, folder: Path, arch: str | None) -> "Classifier":
@@ -133,6 +139,19 @@ class Classifier(nn.Module):
         classifier.lineage = tuple(document.lineage)
         classifier._load_exactly(state, folder)
         return classifier
+
+    def _mind_import(self, folder: Path, needs_head: bool) -> None:
+        """Acts on what an import has left out; a training behind it has made up for that."""
+        last = self.lineage[-1] if self.lineage else {}
+        if last.get("verb") != "import":
+            return
+        if last.get("untrained"):
+            self.backbone.random = frozenset(self.backbone.state_dict())
+        if needs_head and (head := last.get("head")) != "kept":
+            raise ArtefactError(
+                f"`{folder}` cannot classify: it was imported without its head ({head})",
+                hint=f"give it one: `regraft finetune DATA --start {folder} --out RUN`",
+            )
 
     def _load_exactly(self, state: dict[str, Tensor], folder: Path) -> None:
         own = self.state_dict()
@@ -166,6 +185,8 @@ def final_folder(folder: Path) -> Path:
     Raises:
         ArtefactError: There is none.
     """
+    if folder.is_file():
+        raise refused_file(folder)
     best = Store(folder / "best", "best")
     newest = [best.path(number) for number in reversed(best.numbers())]
     for candidate in (folder / "final", *newest, folder):
@@ -176,4 +197,18 @@ def final_folder(folder: Path) -> Path:
         if folder.exists()
         else f"run not found: `{folder}`",
         hint="name a folder that `regraft pretrain` or `regraft finetune` has finished",
+    )
+
+
+def refused_file(file: Path) -> ArtefactError:
+    """Returns why a file is no model here, and what makes one of it."""
+    with file.open("rb") as stream:
+        magic = stream.read(8)
+    foreign = {b"\x89HDF": "a file of HDF5, as Keras writes it", b"PK\x03\x04": "a zip"}
+    what = foreign.get(magic[:4], "a file")
+    if magic[:1] == b"\x80" or file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
+        what = "a pickle file, which may run code when it is read"
+    return ArtefactError(
+        f"`{file}` is {what}; a model of regraft is a folder",
+        hint=f"make one of it: `regraft import {file} --arch ... --source '...' --out FOLDER`",
     )

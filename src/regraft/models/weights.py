@@ -63,7 +63,10 @@ def transplant(source: Backbone, target: Backbone, adapt: Sequence[str] = ()) ->
     if problems:
         raise _refusal(source, target, problems)
     target.load_state_dict(fresh | merged)
-    target.random = frozenset(name for name, what in how.items() if what == "new")
+    # What nothing has trained stays so, wherever it is carried.
+    target.random = frozenset(
+        name for name, what in how.items() if what == "new" or name in source.random
+    )
     arrived = target.state_dict()
     assert all(torch.equal(arrived[name], merged[name]) for name in merged)
     return _table(target, how)

@@ -25,7 +25,7 @@ from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration, quiet
-from regraft.run import FAILED, FINISHED, INTERRUPTED, Run, refuse_existing
+from regraft.run import FAILED, FINISHED, INTERRUPTED, Run, elsewhere, refuse_existing
 from regraft.training.auto import Trial, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit, to_json
@@ -377,7 +377,7 @@ class Start:
         if folder.name == "final" and (folder.parent / "run.json").is_file():
             folder = folder.parent  # the Run knows which images its weights have seen
         run = Run.open(folder) if (folder / "run.json").is_file() else None
-        classifier = Classifier.load(folder, arch=arch)
+        classifier = Classifier.load(folder, arch=arch, needs_head=False)
         return cls(classifier, run, arch or classifier.backbone.arch, tuple(adapt))
 
     def inputs(self, recipe: Recipe, dataset: Dataset) -> InputSpec:
@@ -412,7 +412,8 @@ class Start:
                 "run": self.run.record["id"] if self.run else None,
                 "arch": self.classifier.backbone.arch,
                 "class_names": list(names),
-                "data": [record["data"] for record in self.classifier.lineage],
+                "data": [record["data"] for record in self.classifier.lineage if "data" in record],
+                "elsewhere": elsewhere(self.classifier.lineage),
             },
             "transplant": rows,
             "lineage": self.classifier.lineage,
