@@ -125,7 +125,8 @@ def _zero_padding(values: Tensor, config: Config, _arrays: Arrays) -> Tensor:
 
 def _norm(values: Tensor, config: Config, arrays: Arrays) -> Tensor:
     mean, variance = arrays["moving_mean"], arrays["moving_variance"]
-    scale = arrays.get("gamma", torch.ones_like(mean)) / (variance + config["epsilon"]).sqrt()
+    deviation = (variance + float(config["epsilon"])).sqrt()
+    scale = arrays.get("gamma", torch.ones_like(mean)) / deviation
     shift = arrays.get("beta", torch.zeros_like(mean)) - mean * scale
     shape = (1, -1, 1, 1) if values.ndim == 4 else (1, -1)
     return values * scale.view(shape) + shift.view(shape)
