@@ -100,7 +100,7 @@ def frozen_limit(folder: Path, passes: int = 1) -> Found:
     began = time.perf_counter()
 
     def read(file: tuple[Path, str]) -> Any:
-        return read_pixels(read_content(*file), file[1], size=(128, 128), channels=3)
+        return read_pixels(read_content(*file), size=(128, 128), channels=3)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = np.stack(list(pool.map(read, files)))

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from regraft.data.augment import AUGMENTATIONS, Augmentation
 from regraft.data.batches import ahead, eval_batches, num_batches, train_batches
 from regraft.inputs import InputSpec
 
+FULL = (0.0, 65535.0)
 CPU = torch.device("cpu")
 INPUTS = InputSpec((6, 5), 3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 PIXELS = np.random.default_rng(0).integers(0, 256, (200, 6, 5, 3), dtype=np.uint8)
@@ -134,8 +136,8 @@ def test_normalising_by_the_measured_values_gives_mean_0_and_std_1() -> None:
 def test_8_and_16_bit_of_one_picture_give_nearly_equal_tensors(values: NDArray[np.uint8]) -> None:
     wide = values.astype(np.uint16) * np.uint16(257)
     eight, sixteen = (
-        next(eval_batches(images, ROWS, INPUTS, batch_size=200, device=CPU))
-        for images in (values, wide)
+        next(eval_batches(images, ROWS, inputs, batch_size=200, device=CPU))
+        for images, inputs in ((values, INPUTS), (wide, replace(INPUTS, intensity_range=FULL)))
     )
     torch.testing.assert_close(eight, sixteen, rtol=0, atol=1e-4)
 

@@ -216,23 +216,15 @@ def test_unreadable_files_are_refused_unless_left_out(make_folder: MakeFolder) -
     for number in range(4):
         (root / f"a/bad_{number}.png").write_text("no image")
     (told,) = problems(root)
-    detail = "(not-an-image: a text file)"
     assert told == (
-        f"4 files cannot be read: `a/bad_0.png` {detail}, `a/bad_1.png` {detail}, "
-        f"`a/bad_2.png` {detail} and 1 more"
+        "4 files cannot be read: `a/bad_0.png`, `a/bad_1.png`, `a/bad_2.png` and 1 more "
+        "(not-an-image: a text file)"
     )
     dataset = Dataset.open(root, DataOptions(allow=("unreadable",)))
     assert dataset.excluded == tuple(
         (f"a/bad_{number}.png", "not-an-image: a text file") for number in range(4)
     )
     assert dataset.notes == ("4 unreadable files left out (allowed)",)
-
-
-def test_images_of_different_depth_are_refused(make_folder: MakeFolder) -> None:
-    root = make_folder(TWO)
-    write_random(root / "a" / "deep.png", (5, 5), np.uint16)
-    (told,) = problems(root)
-    assert told == "images differ in bits per channel: 8 (16 images), 16 (1 image)"
 
 
 def test_images_of_different_channels_are_refused(make_folder: MakeFolder) -> None:
@@ -252,13 +244,11 @@ def test_grey_images_among_colour_ones_are_noted(make_folder: MakeFolder) -> Non
 def test_all_problems_of_a_folder_are_told_at_once(make_folder: MakeFolder) -> None:
     root = make_folder({**SPLIT, "test/A": 2, "test/c": 0})
     (root / "train/a/bad.png").write_text("no image")
-    write_random(root / "train/a/deep.png", (5, 5), np.uint16)
     shutil.copy(root / "train/a/a_000.png", root / "test/a/copy.png")
     told = problems(root)
     for part in (
         "no images: `test/c`",
         "cannot be read: `train/a/bad.png`",
-        "bits per channel: 8",
         "by spelling only: 'A', 'a'",
         "test has classes that train lacks: `A`",
         "= `test/a/copy.png`",
@@ -430,8 +420,8 @@ def test_files_of_other_kinds_are_named_where_a_class_has_no_images(
 ) -> None:
     root = make_folder({"a": 8, "b": 8})
     (root / "c").mkdir()
-    (root / "c" / "scan.dcm").write_bytes(b"DICM")
-    assert problems(root) == ("1 class folder has no images: `c`; files there end in `.dcm`",)
+    (root / "c" / "scan.jp2").write_bytes(b"J2")
+    assert problems(root) == ("1 class folder has no images: `c`; files there end in `.jp2`",)
 
 
 def test_broken_images_may_not_empty_a_class_or_a_split(make_folder: MakeFolder) -> None:

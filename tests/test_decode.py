@@ -42,16 +42,16 @@ def saved(array: NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
-def read(content: bytes, name: str = "a.png", channels: int | None = None) -> Pixels:
+def read(content: bytes, channels: int | None = None) -> Pixels:
     """Reads at the image's own size (but for EXIF) and channels."""
-    header = read_header(content, name)
-    return read_pixels(content, name, size=header.size, channels=channels or header.channels)
+    header = read_header(content)
+    return read_pixels(content, size=header.size, channels=channels or header.channels)
 
 
-def refusal(content: bytes, name: str = "a.png") -> str:
+def refusal(content: bytes) -> str:
     """The reason and detail, which must be the same from the header or from the pixels."""
     with pytest.raises(UnreadableImage) as caught:
-        read(content, name)
+        read(content)
     return str(caught.value)
 
 
@@ -66,24 +66,13 @@ def png(size: tuple[int, int], depth: int, colour: int, raw: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def rgb16_tiff(pixels: NDArray[np.uint16]) -> bytes:
-    height, width = pixels.shape[:2]
-    data = pixels.astype("<u2").tobytes()
-    bits = 8 + 2 + 12 * 9 + 4  # where the three depths stand, after the header and the directory
-    tags = [(256, 1, width), (257, 1, height), (258, 3, bits), (259, 1, 1), (262, 1, 2),
-            (273, 1, bits + 6), (277, 1, 3), (278, 1, height), (279, 1, len(data))]  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, 3, number, value) for tag, number, value in tags)
-    start = b"II*\0" + struct.pack("<IH", 8, len(tags))
-    return start + entries + bytes(4) + struct.pack("<HHH", 16, 16, 16) + data
-
-
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "RGB", "RGBA", "P", "CMYK"])
 def test_each_8_bit_mode_reads_as_its_grey_or_its_colours(mode: str) -> None:
     is_grey = mode in ("L", "LA", "1")
     source = FEW_COLOURS[:, :, :1] if is_grey else FEW_COLOURS
     image = Image.fromarray(source[:, :, 0] if is_grey else source).convert(mode)
     content = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
-    assert read_header(content, "a") == Header((6, 8), 1 if is_grey else 3, 8)
+    assert read_header(content) == Header((6, 8), 1 if is_grey else 3)
     pixels = read(content)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, source)
@@ -92,24 +81,10 @@ def test_each_8_bit_mode_reads_as_its_grey_or_its_colours(mode: str) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_keeps_every_value(kind: str) -> None:
     content = encoded(RAMP16, kind)
-    assert read_header(content, "a") == Header((256, 256), 1, 16)
+    assert read_header(content) == Header((256, 256), 1, "uint16")
     pixels = read(content)
     assert pixels.dtype == np.uint16
     np.testing.assert_array_equal(pixels[:, :, 0], RAMP16)
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (png((2, 2), 16, 2, bytes(2 * 13)), "mode: 16-bit colour PNG, which Pillow would cut"),
-        (rgb16_tiff(RAMP16[:6, :6].reshape(2, 6, 3)), "mode: 16-bit colour"),
-        (encoded(np.full((4, 4), 0.5, np.float32), "TIFF"), "mode: pixel mode `F` has no exact"),
-        (encoded(np.full((4, 4), 70_000, np.int32), "TIFF"), "mode: pixel mode `I` has no exact"),
-    ],
-    ids=["colour-png", "colour-tiff", "float", "int32"],
-)
-def test_pixels_that_would_lose_values_are_refused(content: bytes, told: str) -> None:
-    assert refusal(content).startswith(told)
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -131,7 +106,7 @@ def test_all_exif_orientations_give_the_same_array(
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encoded(np.ascontiguousarray(stored), exif=exif)
-    pixels = read_pixels(content, "a.png", size=(6, 8), channels=1)
+    pixels = read_pixels(content, size=(6, 8), channels=1)
     np.testing.assert_array_equal(pixels[:, :, 0], upright)
 
 
@@ -163,7 +138,7 @@ JPEG, NOISE_PNG = encoded(NOISE, "JPEG"), encoded(NOISE)
     "content", [JPEG[: len(JPEG) * 6 // 10], JPEG[:-2], NOISE_PNG[: len(NOISE_PNG) * 6 // 10]]
 )
 def test_a_truncated_image_is_refused_though_its_header_is_whole(content: bytes) -> None:
-    assert read_header(content, "a").size == (40, 40)
+    assert read_header(content).size == (40, 40)
     assert refusal(content).startswith("truncated: ")
 
 
@@ -178,11 +153,11 @@ def test_a_truncated_image_is_refused_though_its_header_is_whole(content: bytes)
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
             "not-an-image: a Git LFS pointer; run `git lfs pull`",
         ),
-        (b"%PDF-1.7\n\xff\xfe\x00", "not-an-image: none of JPEG, PNG, WEBP, BMP, TIFF, GIF"),
+        (b"%PDF-1.7\n\xff\xfe\x00", "not-an-image: a PDF document"),
     ],
 )
 def test_what_is_no_image_is_named_for_what_it_is(content: bytes, told: str) -> None:
-    assert refusal(content, "a.jpg") == told
+    assert refusal(content) == told
 
 
 @pytest.mark.parametrize("side", [7_100, 10_000, 30_000])
@@ -195,10 +170,10 @@ def test_too_many_pixels_are_refused_from_the_header(side: int) -> None:
     "array", [GREY, FEW_COLOURS, RAMP16[:6, :56].reshape(6, 8, 7)], ids=["2-D", "RGB", "7 channels"]
 )
 def test_an_array_file_reads_as_it_is(array: NDArray[Any]) -> None:
-    pixels = read(saved(array), "a.npy")
+    pixels = read(saved(array))
     assert pixels.dtype == array.dtype
     np.testing.assert_array_equal(pixels, array.reshape(6, 8, -1))
-    assert read_header(saved(array), "a.npy").bit_depth == array.dtype.itemsize * 8
+    assert read_header(saved(array)).bit_depth == array.dtype.itemsize * 8
 
 
 @pytest.mark.parametrize(
@@ -206,12 +181,14 @@ def test_an_array_file_reads_as_it_is(array: NDArray[Any]) -> None:
     [
         (np.zeros(6, np.uint8), "array: has shape (6,) of uint8; expected (height, width["),
         (np.zeros((6, 8, 3, 1), np.uint8), "array: has shape (6, 8, 3, 1) of uint8; expected"),
-        (np.zeros((0, 8), np.uint8), "array: has shape (0, 8, 1) of uint8; expected"),
-        (np.zeros((4, 4)), "array: has shape (4, 4, 1) of float64; expected"),
+        (np.zeros((0, 8), np.uint8), "no-pixels: 0x8 pixels of 1 channels"),
+        (np.zeros((4, 4), np.int64), "mode: pixels of type int64 are not read"),
+        (np.zeros((4, 4), np.complex64), "mode: pixels of type complex64 are not read"),
+        (np.zeros((3, 99, 99), np.uint8), "array: has shape (3, 99, 99) of uint8; expected (hei"),
     ],
 )
 def test_an_array_of_another_form_is_refused(array: NDArray[Any], told: str) -> None:
-    assert refusal(saved(array), "a.npy").startswith(told)
+    assert refusal(saved(array)).startswith(told)
 
 
 class _Trap:
@@ -224,9 +201,9 @@ class _Trap:
 
 def test_a_pickled_array_is_refused_and_not_run(tmp_path: Path) -> None:
     trap = np.array([_Trap(tmp_path / "canary")], dtype=object)
-    told = refusal(saved(trap), "a.npy")
-    assert told.startswith("not-an-image: not a NumPy array: ")
-    assert "allow_pickle=False" in told
+    told = refusal(saved(trap))
+    assert told.startswith("not-an-image: not a NumPy array of numbers: ")
+    assert "pickled objects, which are never loaded" in told
     assert not (tmp_path / "canary").exists()
 
 
@@ -247,7 +224,7 @@ def _lying_npy() -> bytes:
     "content", [_npz(), b"PK\x03\x04 and no archive", _lying_npy()], ids=["npz", "zip", "lie"]
 )
 def test_other_contents_named_npy_are_unreadable_images(content: bytes) -> None:
-    assert refusal(content, "a.npy").split(":")[0] in ("not-an-image", "array", "too-many-pixels")
+    assert refusal(content).split(":")[0] in ("not-an-image", "array", "too-many-pixels")
 
 
 def test_grey_is_replicated_to_rgb() -> None:
@@ -256,17 +233,15 @@ def test_grey_is_replicated_to_rgb() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "name", "channels", "told"),
+    ("content", "channels", "told"),
     [
-        (encoded(FEW_COLOURS), "a.png", 1, "channels: has 3 channels where 1 are expected"),
-        (saved(np.zeros((4, 4, 5), np.uint8)), "a.npy", 3, "channels: has 5 channels where 3"),
+        (encoded(FEW_COLOURS), 1, "channels: has 3 channels where 1 are expected"),
+        (saved(np.zeros((4, 4, 5), np.uint8)), 3, "channels: has 5 channels where 3"),
     ],
 )
-def test_other_channels_than_expected_are_refused(
-    content: bytes, name: str, channels: int, told: str
-) -> None:
+def test_other_channels_than_expected_are_refused(content: bytes, channels: int, told: str) -> None:
     with pytest.raises(UnreadableImage) as caught:
-        read_pixels(content, name, size=(4, 4), channels=channels)
+        read_pixels(content, size=(4, 4), channels=channels)
     assert str(caught.value).startswith(told)
 
 
@@ -274,9 +249,9 @@ def test_other_channels_than_expected_are_refused(
 def test_resizing_16_bit_agrees_with_8_bit_and_stays_in_range(size: tuple[int, int]) -> None:
     extremes = (GREY > 127).astype(np.uint8) * np.uint8(255)
     for image in (GREY, extremes):
-        eight = read_pixels(encoded(image), "a", size=size, channels=1)
+        eight = read_pixels(encoded(image), size=size, channels=1)
         wide = image.astype(np.uint16) * np.uint16(257)
-        sixteen = read_pixels(encoded(wide), "a", size=size, channels=1)
+        sixteen = read_pixels(encoded(wide), size=size, channels=1)
         assert sixteen.dtype == np.uint16
         assert sixteen.shape == eight.shape == (*size, 1)
         assert np.abs(sixteen / 257 - eight).max() <= 1.0
@@ -284,9 +259,9 @@ def test_resizing_16_bit_agrees_with_8_bit_and_stays_in_range(size: tuple[int, i
 
 def test_resizing_many_channels_treats_each_as_a_grey_image() -> None:
     many = RANDOM.integers(0, 256, (9, 7, 5), dtype=np.uint8)
-    together = read_pixels(saved(many), "a.npy", size=(4, 6), channels=5)
+    together = read_pixels(saved(many), size=(4, 6), channels=5)
     for channel in range(5):
-        alone = read_pixels(encoded(many[:, :, channel]), "a", size=(4, 6), channels=1)
+        alone = read_pixels(encoded(many[:, :, channel]), size=(4, 6), channels=1)
         assert np.abs(together[:, :, channel].astype(int) - alone[:, :, 0]).max() <= 1
 
 
@@ -303,8 +278,8 @@ def test_a_row_of_an_idx_file_is_an_image(tmp_path: Path, suffix: str) -> None:
     name = f"train-images-idx3-ubyte{suffix}"
     (tmp_path / name).write_bytes(gzip.compress(idx(STACK)) if suffix else idx(STACK))
     content = read_content(tmp_path, f"{name}#000002")
-    assert read_header(content, f"{name}#000002") == Header((4, 5), 1, 8)
-    pixels = read_pixels(content, f"{name}#000002", size=(4, 5), channels=1)
+    assert read_header(content) == Header((4, 5), 1)
+    pixels = read_pixels(content, size=(4, 5), channels=1)
     np.testing.assert_array_equal(pixels[:, :, 0], STACK[2])
 
 
@@ -339,7 +314,8 @@ def test_an_idx_row_that_does_not_exist_is_missing(tmp_path: Path, path: str) ->
 
 
 @pytest.mark.parametrize(
-    ("pixels", "shown"), [(FEW_COLOURS, FEW_COLOURS), (RAMP16[..., None], RAMP16[..., None] >> 8)]
+    ("pixels", "shown"),
+    [(FEW_COLOURS, FEW_COLOURS), (RAMP16[..., None], np.rint(RAMP16[..., None] / 257))],
 )
 def test_an_encoded_image_reads_back_in_8_bits_and_carries_no_metadata(
     pixels: Pixels, shown: Pixels
@@ -362,7 +338,7 @@ def test_a_large_jpeg_read_small_is_nearly_what_it_is_read_whole(side: int, turn
     if turned:
         exif[0x0112] = 6  # a quarter turn
     content = encoded(smooth, "JPEG", quality=95, exif=exif)
-    found = read_pixels(content, "a.jpg", size=(side, side), channels=1)
+    found = read_pixels(content, size=(side, side), channels=1)
     whole = (
         Image.open(io.BytesIO(content)).transpose(Image.Transpose.ROTATE_270)
         if turned

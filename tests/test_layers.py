@@ -29,14 +29,21 @@ COMMANDS = {f"commands/{name}.py" for name in ("arguments", "foreign", "training
 DOORS = {
     "timm": {"models/backbone.py"},
     "accelerate": {"engine.py"},
-    "PIL": {"data/decode.py"},
+    "PIL": {"data/pictures.py"},
+    "tifffile": {"data/deep.py"},
+    "imagecodecs": {"data/deep.py"},
+    "pydicom": {"data/dicom.py"},
+    "gdcm": {"data/dicom.py"},
     "cyclopts": {"cli.py", *COMMANDS},
     "rich": {"terminal.py"},
     "jinja2": {"delivery/pages.py"},
     "matplotlib": {"delivery/figures.py"},
     "h5py": {"models/keras_files.py"},
 }
-LAZY = {"h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich"}
+LAZY = {
+    "h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich", "tifffile",
+    "imagecodecs", "pydicom", "gdcm",
+}  # fmt: skip
 WITHOUT_TORCH = {
     "errors.py", "faults.py", "documents.py", "disk.py", "manifests.py", "storage.py", "locks.py",
      "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",

@@ -1,17 +1,14 @@
 """The real images beside the project (see conftest): skipped, with the reason, where missing."""
 
-import csv
 import json
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from regraft import api
 from regraft.data.cache import Cache
 from regraft.data.dataset import DataOptions, Dataset
-from regraft.data.decode import UnreadableImage, quiet_codecs, read_content, read_pixels
 from regraft.models.classifier import Classifier
 from regraft.training.recipe import Recipe
 
@@ -56,29 +53,6 @@ def test_mnist_becomes_even_and_odd(shared_data: Path) -> None:
     sizes = {split: len(dataset.rows(split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 200, "val": 200, "test": 10_000}
     assert len(dataset.samples) + len(dataset.excluded) >= 70_000
-
-
-def test_awkward_files_are_read_exactly_or_refused_by_name(shared_data: Path) -> None:
-    """Nothing crashes, and nothing that has 16 bits comes back with 8."""
-    folder = shared_data / "awkward"
-    with (folder / "EXPECT.csv").open(encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    read = refused = 0
-    for row in rows:
-        content = read_content(folder, row["path"])
-        try:
-            with quiet_codecs():
-                pixels = read_pixels(content, row["path"], size=(32, 32), channels=3)
-        except UnreadableImage as error:
-            assert error.reason
-            refused += 1
-            continue
-        read += 1
-        assert pixels.shape == (32, 32, 3)
-        if row["mode"].startswith("I;16"):
-            assert pixels.dtype == np.uint16
-    assert read >= 20
-    assert refused >= 20
 
 
 @pytest.mark.parametrize("name", ["cxr_kermany_1k", "cxr_hannover_224"])

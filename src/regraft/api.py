@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
+from regraft.data.intensity import refuse_other_scales
 from regraft.data.listing import list_images
 from regraft.delivery.report import write_report
 from regraft.engine import Engine
@@ -100,6 +101,7 @@ def finetune(
     backbone, moves = begun.backbone(begun.inputs(recipe, dataset), recipe.seed)
     session = Session.prepare(dataset, backbone.inputs, engine or Engine(), on_progress)
     session = session.pooled(recipe)
+    backbone.inputs = session.inputs
     recipe = session.resolved(recipe, backbone)
     record = begun.record(moves, session.dataset)
     on_progress(Note(transplant_table(record["transplant"])))
@@ -226,12 +228,15 @@ def evaluate(
     if not isinstance(data, Dataset):
         data = Dataset.open(data, whole=True)
     dataset = test_images(opened, data, split)
+    given = dataset.options.intensity_range
+    classifier.backbone.inputs = classifier.inputs.with_given_range(given)
     channels = fitting_channels(dataset, classifier.inputs.channels)
     told = counting(on_progress, "decoding")
     with engine.first_on_machine():
         cache, dataset = Cache.build(
             dataset, classifier.inputs.size, channels, told, lambda text: on_progress(Note(text))
         )
+    refuse_other_scales(classifier.inputs, dataset, cache)
     engine.place(classifier)
     predictions = predict_dataset(classifier, dataset, cache, own_rows(dataset), engine)
     return record_evaluation(opened, predictions, dataset, cache, split, write=engine.is_main)
@@ -241,11 +246,15 @@ def predict(
     run: Place,
     images: Sequence[Place],
     *,
+    intensity_range: tuple[float, float] | None = None,
     arch: str | None = None,
     engine: Engine | None = None,
     on_progress: OnProgress = quiet,
 ) -> tuple[Predictions | None, list[tuple[str, str]]]:
     """Classifies image files and folders.
+
+    Args:
+        intensity_range: The values that are black and white; None: those of the training.
 
     Returns:
         The table (None if no image could be read), and the broken files with their reasons.
@@ -260,6 +269,7 @@ def predict(
     if not files:
         raise DataError(f"`{paths[0]}` holds no images", hint="name image files, or their folder")
     classifier, engine = Classifier.load(run, arch=arch), engine or Engine()
+    classifier.backbone.inputs = classifier.inputs.with_given_range(intensity_range)
     engine.place(classifier)
     return predict_files(classifier, files, engine, on_progress)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DATA = Group("Data", sort_key=1)
 TRAINING = Group("Training", sort_key=2)
+INTENSITY = Parameter(group=DATA, allow_leading_hyphen=True)  # a range may begin below zero
 DEFAULT_STRATEGY = "auto"  # as of Recipe.transfer; measured against fixed rules: docs/quality.md
 
 
@@ -26,7 +27,8 @@ class DataArguments:
     """The same wherever DATA stands."""
 
     csv: Annotated[Path | None, Parameter(group=DATA)] = None
-    """A CSV that names images (relative to DATA) and labels, instead of class folders."""
+    """A CSV, TSV or JSON Lines file that names images (relative to DATA) and labels, instead of
+    class folders."""
     image_column: Annotated[str, Parameter(group=DATA)] = "image"
     """Column of image paths."""
     label_column: Annotated[str, Parameter(group=DATA)] = "label"
@@ -37,6 +39,13 @@ class DataArguments:
     """Column of splits: train, val, test."""
     group_regex: Annotated[str | None, Parameter(group=DATA)] = None
     """Groups from file names: the first parenthesis, as in `^([^_]+)_`."""
+    group_by: Annotated[str | None, Parameter(group=DATA)] = None
+    """patient: those whom DICOM files name are groups, under pseudonyms."""
+    intensity_range: Annotated[str | None, INTENSITY] = None
+    """The values that are black and white, as 0,4095 or -1024,3071; needed for floats and where
+    bit depths are mixed."""
+    frames: Annotated[str, Parameter(group=DATA)] = "first"
+    """Of several frames or pages the first is read, and that is said; or fail."""
     relabel: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
     """New classes from old ones: even=0,2,4,6,8 (once for each class)."""
     per_class: Annotated[int | None, Parameter(group=DATA)] = None
@@ -47,7 +56,8 @@ class DataArguments:
     def options(self) -> "DataOptions":
         from regraft.data.dataset import DataOptions
 
-        return DataOptions(**vars(self))
+        given = vars(self) | {"intensity_range": parse_range(self.intensity_range)}
+        return DataOptions(**given)
 
     def options_as_in(self, run: Path) -> "DataOptions":
         """Returns the options, with the classes and findings of a Run where none are given."""
@@ -132,6 +142,24 @@ def parse_seconds(text: str) -> float:
     if found is None or not float(found[1]):
         raise UsageError(f"`--time-budget {text}` is no time", hint="write 90s, 20m or 2h")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def parse_range(text: str | None) -> tuple[float, float] | None:
+    """Reads `0,4095` or `-1024,3071`.
+
+    Raises:
+        UsageError: It is no such range.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"`--intensity-range {text}` is no range",
+            hint="write the values that are black and white: `--intensity-range 0,4095`",
+        ) from error
+    return low, high
 
 
 def parse_shares(text: str) -> tuple[float, ...]:

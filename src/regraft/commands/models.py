@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from regraft.commands.arguments import DataArguments
+from regraft.commands.arguments import DataArguments, parse_range
 from regraft.errors import DataError, count
 from regraft.terminal import print_evaluation, print_json, progress, tell
 
@@ -62,6 +62,7 @@ def predict(
     /,
     *,
     out: Path | None = None,
+    intensity_range: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     arch: str | None = None,
     device: str = "auto",
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -76,6 +77,8 @@ def predict(
         Image files or folders.
     out
         A CSV to write; otherwise it goes to stdout.
+    intensity_range
+        The values that are black and white, as 0,4095, where they are not those of the training.
     arch
         Only to name your own network again (file.py:factory).
     device
@@ -94,7 +97,14 @@ def predict(
         for image in images:
             refuse_inside(out, image)
     with progress() as told:
-        table, broken = api.predict(run, images, arch=arch, engine=Engine(device), on_progress=told)
+        table, broken = api.predict(
+            run,
+            images,
+            intensity_range=parse_range(intensity_range),
+            arch=arch,
+            engine=Engine(device),
+            on_progress=told,
+        )
     if json_:
         print_json({"predictions": to_records(table, broken)})
     elif out is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from regraft.data.augment import ORDER_DRAW, Augmentation, augment, uniform
 from regraft.inputs import InputSpec
 
-Images = NDArray[Any]  # uint8 or uint16, (image, height, width, channel)
+Images = NDArray[Any]  # uint8, uint16, int16 or float32, (image, height, width, channel)
 Rows = NDArray[np.int64]
 Shard = tuple[int, int]  # of a process: rank, number of processes
 ONLY: Shard = (0, 1)
@@ -129,17 +129,22 @@ def ahead(batches: Iterator[Item], device: torch.device) -> Iterator[Item]:
 
 
 def normalised(images: Images, inputs: InputSpec, device: torch.device) -> Tensor:
-    """Returns images_BCHW as float32 with the mean and std of the InputSpec taken out."""
+    """Returns images_BCHW as float32: from the InputSpec's range to its mean 0 and std 1."""
     number, height, width, channels = images.shape
     # uint16 has few torch operations; float32 holds each of its values exactly.
     values = images.astype(np.float32) if images.dtype == np.uint16 else images
+    low, high = inputs.intensity_range
+    if inputs.clips:
+        values = values.astype(np.float32).clip(low, high)
     mean, std = (torch.tensor(each, dtype=torch.float32) for each in (inputs.mean, inputs.std))
-    scale, offset = 1 / (std * float(np.iinfo(images.dtype).max)), -mean / std
+    scale = 1 / (std * (high - low))
+    offset = -mean / std - low * scale
     # A whole row of pixels at a time: measured 6x faster than three channels at a time.
     pixels = torch.from_numpy(values).view(number, height, -1)
     if device.type == "cuda":
         pixels = pixels.pin_memory().to(device, non_blocking=True)
-    pixels = pixels.to(device, torch.float32)
+    # Floats of the cache are copied: what follows is done in place.
+    pixels = pixels.to(device, torch.float32, copy=values.dtype == np.float32)
     pixels = pixels.mul_(scale.repeat(width).to(device)).add_(offset.repeat(width).to(device))
     # The permuted view is channels-last already: no copy.
     return pixels.view(number, height, width, channels).permute(0, 3, 1, 2)

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,10 @@ from regraft.data.decode import (
     UnreadableImage,
     map_in_threads,
     read_content,
-    read_pixels,
+    read_whole,
+    with_channels,
 )
+from regraft.data.pictures import resized
 from regraft.disk import create_array
 from regraft.errors import ArtefactError, UsageError
 from regraft.inputs import DECODER, InputSpec
@@ -41,15 +44,17 @@ class Cache:
     """Decoded pixels of one Dataset.
 
     Attributes:
-        images: Memory-mapped (image, height, width, channel), uint8 or uint16, in the order of
-            `Dataset.samples`.
+        images: Memory-mapped (image, height, width, channel), uint8, uint16, int16 or float32, in
+            the order of `Dataset.samples`.
         is_grey: All channels of all images are equal (grey content, however it was stored).
         key: Names contents and decode rule.
+        ends: The smallest and largest value of each image before it was resized.
     """
 
-    images: NDArray[np.uint8] | NDArray[np.uint16]
+    images: NDArray[Any]
     is_grey: bool
     key: str
+    ends: NDArray[np.float64]
 
     @classmethod
     def build(
@@ -92,26 +97,45 @@ class Cache:
                 )
         return cached, dataset
 
-    def statistics(self, rows: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns mean and standard deviation of each channel over these rows, on [0, 1]."""
-        largest, channels = int(np.iinfo(self.images.dtype).max), self.images.shape[-1]
-        # How often each value stands in each channel: exact, and measured 4x faster than floats.
-        counts = np.zeros((channels, largest + 1), dtype=np.int64)
-        for start in range(0, len(rows), CHUNK):
-            chunk = self.images[rows[start : start + CHUNK]].reshape(-1, channels)
-            for channel in range(channels):
-                counts[channel] += np.bincount(chunk[:, channel], minlength=largest + 1)
-        share = counts / counts.sum(axis=1, keepdims=True)
-        values = np.arange(largest + 1) / largest
-        mean = share @ values
-        # The floor keeps constant images (std 0) from dividing by nothing.
-        std = np.sqrt(np.maximum(share @ values**2 - mean**2, 1e-8))
-        return tuple(mean.tolist()), tuple(std.tolist())
+    def extremes(self, rows: NDArray[np.int64]) -> tuple[float, float]:
+        """Returns the smallest and the largest value of these images."""
+        return float(self.ends[rows, 0].min()), float(self.ends[rows, 1].max())
 
     def with_statistics(self, inputs: InputSpec, rows: NDArray[np.int64]) -> InputSpec:
         """Returns the specification with mean and std measured over these (training) rows."""
-        mean, std = self.statistics(rows)
-        return replace(inputs, mean=mean, std=std)
+        moments = self._moments_of_floats if self.images.dtype == np.float32 else self._moments
+        mean, square = moments(inputs, rows)
+        # The floor keeps constant images (std 0) from dividing by nothing.
+        std = np.sqrt(np.maximum(square - mean**2, 1e-8))
+        return replace(inputs, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    def _moments(
+        self, inputs: InputSpec, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns the means of the values and of their squares, of each channel, on [0, 1]."""
+        ends, channels = np.iinfo(self.images.dtype), self.images.shape[-1]
+        number = int(ends.max) - int(ends.min) + 1
+        # How often each value stands in each channel: exact, and measured 4x faster than floats.
+        counts = np.zeros((channels, number), dtype=np.int64)
+        for start in range(0, len(rows), CHUNK):
+            chunk = self.images[rows[start : start + CHUNK]].reshape(-1, channels)
+            chunk = chunk.astype(np.int32) - int(ends.min) if ends.min < 0 else chunk
+            for channel in range(channels):
+                counts[channel] += np.bincount(chunk[:, channel], minlength=number)
+        share = counts / counts.sum(axis=1, keepdims=True)
+        values = inputs.scaled(np.arange(int(ends.min), int(ends.max) + 1, dtype=np.float64))
+        return share @ values, share @ values**2
+
+    def _moments_of_floats(
+        self, inputs: InputSpec, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        sums = np.zeros((2, self.images.shape[-1]))
+        for start in range(0, len(rows), CHUNK):
+            chunk = self.images[rows[start : start + CHUNK]].astype(np.float64)
+            values = inputs.scaled(chunk.reshape(-1, sums.shape[1]))
+            sums += [values.sum(axis=0), (values**2).sum(axis=0)]
+        mean, square = sums / (len(rows) * self.images[0, ..., 0].size)
+        return mean, square
 
 
 def _load(folder: Path) -> Cache | None:
@@ -120,15 +144,16 @@ def _load(folder: Path) -> Cache | None:
         return None
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
+        ends = np.load(folder / "ends.npy")
         is_grey = bool(read_json(folder / "cache.json")["is_grey"])
-        return Cache(images, is_grey, folder.name)
+        return Cache(images, is_grey, folder.name, ends)
     except (OSError, ValueError, KeyError, TypeError, ArtefactError):
         return None
 
 
 def _key(dataset: Dataset, size: tuple[int, int], channels: int) -> str:
     contents = [sample.sha256 for sample in dataset.samples]
-    return sha256_of([1, DECODER, list(size), channels, dataset.bit_depth, contents])
+    return sha256_of([2, DECODER, list(size), channels, dataset.pixel_type, contents])
 
 
 class _BrokenImages(Exception):
@@ -149,9 +174,10 @@ def _fill(
     with committed_folder(folder, "cache") as temporary:
         images = create_array(
             temporary / "images.npy",
-            dtype=np.uint16 if dataset.bit_depth == 16 else np.uint8,
+            dtype=np.dtype(dataset.pixel_type),
             shape=(len(dataset.samples), *size, channels),
         )
+        ends = create_array(temporary / "ends.npy", np.float64, (len(dataset.samples), 2))
 
         def decode(row: int) -> bool | UnreadableImage:
             """Stores an image, and returns whether it is grey; threads work side by side."""
@@ -161,10 +187,12 @@ def _fill(
                 raw = content if isinstance(content, bytes) else content.tobytes()
                 if hashlib.sha256(raw).hexdigest() != sample.sha256:
                     raise UnreadableImage("changed", "not the bytes that were listed")
-                pixels = read_pixels(content, sample.path, size=size, channels=channels)
+                whole = read_whole(content, size=size)
+                pixels = resized(with_channels(whole, channels), size)
             except UnreadableImage as error:
                 return error
             images[row] = pixels
+            ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
             return bool((pixels == pixels[..., :1]).all())
 
         for row, found in enumerate(map_in_threads(decode, range(len(dataset.samples)))):
@@ -177,4 +205,5 @@ def _fill(
         if broken:
             raise _BrokenImages(broken)  # nothing incomplete is committed under the key
         images.flush()
+        ends.flush()
         write_json(temporary / "cache.json", {"schema": 1, "is_grey": is_grey})

@@ -21,12 +21,16 @@ class DataOptions:
     """How a folder is read.
 
     Attributes:
-        csv: A CSV that names images (relative to the folder) and labels, instead of class folders.
+        csv: A CSV, TSV or JSON Lines file that names images (relative to the folder) and labels,
+            instead of class folders.
         image_column: Its column of image paths.
         label_column: Its column of class names.
         group_column: Its column of groups (patients); a group is never divided between splits.
         split_column: Its column of splits (train, val, test).
         group_regex: Groups from file names: the first parenthesis, or the whole match.
+        group_by: `patient`: groups from the patients that DICOM files name, as pseudonyms.
+        intensity_range: The values that become 0 and 1; None: all of 8 bits, the real range of 16.
+        frames: `first` of several frames or pages is read, or `fail`.
         relabel: New classes from old ones, as `even=0,2,4,6,8`; classes not named are left out.
         per_class: At most this many training and this many validation images of a class.
         allow: Findings to accept: `unreadable` leaves broken files out, `leak` leaves out
@@ -39,6 +43,9 @@ class DataOptions:
     group_column: str | None = None
     split_column: str | None = None
     group_regex: str | None = None
+    group_by: str | None = None
+    intensity_range: tuple[float, float] | None = None
+    frames: str = "first"
     relabel: tuple[str, ...] = ()
     per_class: int | None = None
     allow: tuple[str, ...] = ()
@@ -68,7 +75,8 @@ class Dataset:
         samples: Sorted by path.
         excluded: Everything found and not used, as (path, reason).
         channels: 1 or 3 (grey images among RGB ones are replicated), or n.
-        bit_depth: 8 or 16, the same for all.
+        pixel_types: Each type of pixels (uint8, uint16, int16, float32), and how many images have
+            it; more than one only where an intensity range is given.
         notes: What was decided on the way, for people.
     """
 
@@ -77,7 +85,7 @@ class Dataset:
     samples: tuple[Sample, ...]
     excluded: tuple[tuple[str, str], ...]
     channels: int
-    bit_depth: int
+    pixel_types: tuple[tuple[str, int], ...] = (("uint8", 0),)
     options: DataOptions = DataOptions()
     notes: tuple[str, ...] = ()
 
@@ -105,6 +113,17 @@ class Dataset:
     def fingerprint(self) -> str:
         """Hash of contents and class names: independent of the folder's place and of mtimes."""
         return sha256_of(sorted((sample.sha256, sample.label) for sample in self.samples))
+
+    @property
+    def pixel_type(self) -> str:
+        """The narrowest type that holds the pixels of all images."""
+        common = np.result_type(*(np.dtype(name) for name, _ in self.pixel_types)).name
+        return common if common in ("uint8", "uint16", "int16") else "float32"
+
+    @property
+    def bit_depth(self) -> int:
+        """8, 16 or 32: of `pixel_type`."""
+        return np.dtype(self.pixel_type).itemsize * 8
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -177,6 +196,11 @@ def unusable(root: Path, problems: Sequence[str], hint: str = "") -> RegraftErro
 
 def unreadable_problem(broken: Sequence[tuple[str, UnreadableImage]]) -> str:
     """Returns one line for all files that cannot be read."""
-    examples = ", ".join(f"`{path}` ({error})" for path, error in broken[:3])
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    return f"{count(len(broken), 'file')} cannot be read: {examples}{more}"
+    reasons: dict[str, list[str]] = {}
+    for path, error in broken:
+        reasons.setdefault(str(error), []).append(path)
+    most = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    told = ", ".join(f"{shorten(paths)} ({reason})" for reason, paths in most[:3])
+    others = sum(len(paths) for _, paths in most[3:])
+    more = f" and {count(others, 'other')}" if others else ""
+    return f"{count(len(broken), 'file')} cannot be read: {told}{more}"

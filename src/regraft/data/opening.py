@@ -15,6 +15,7 @@ from regraft.data.split import SPLITS, assign_splits, split_problems
 from regraft.errors import UsageError, count, shorten
 
 MIN_IMAGES = 5  # assumed: fewer cannot stand in train, val and test and still be learned
+MOST = 3e38  # what a 32-bit float can hold
 ALLOWABLE = ("unreadable", "leak")
 
 
@@ -29,6 +30,20 @@ def open_dataset(root: Path, options: DataOptions, *, whole: bool) -> Dataset:
         raise UsageError(
             f"`--per-class {options.per_class}` leaves nothing to learn", hint="use at least 1"
         )
+    if options.frames not in ("first", "fail"):
+        raise UsageError(f"`--frames {options.frames}` is unknown", hint="use `first` or `fail`")
+    if options.group_by not in (None, "patient"):
+        raise UsageError(
+            f"`--group-by {options.group_by}` is unknown",
+            hint="use `patient`: those whom DICOM files name",
+        )
+    if options.intensity_range is not None:
+        low, high = options.intensity_range
+        if not -MOST < low < high < MOST:
+            raise UsageError(
+                f"`--intensity-range {low:g},{high:g}` is no range",
+                hint="write the values that are black and white: `--intensity-range 0,4095`",
+            )
     return _Reading(root, options, whole).dataset()
 
 
@@ -46,11 +61,12 @@ class _Reading:
         self.listing = self._list()
         self._relabel()
         images, hashes, headers = self._read_headers()
-        channels, bit_depth = self._common_form(headers)
+        channels = self._common_channels(headers)
+        self._tell_frames(images, headers)
         if not self.whole:
             self._check_classes(images)
             self._check_labels(images, hashes)
-        images = self._group(images)
+        images = self._group(self._by_patient(images, headers))
         if self.whole:
             samples = [
                 Sample(image.path, image.label, image.split or "test", sha256, image.group)
@@ -67,7 +83,7 @@ class _Reading:
             samples=tuple(sorted(samples, key=lambda sample: sample.path)),
             excluded=tuple(self.listing.excluded),
             channels=channels,
-            bit_depth=bit_depth,
+            pixel_types=tuple(Counter(header.pixel_type for header in headers).items()),
             options=self.options,
             notes=tuple(self.notes),
         )
@@ -120,7 +136,7 @@ class _Reading:
         def read(image: Listed) -> tuple[str, Header] | UnreadableImage:
             try:
                 content = read_content(self.root, image.path)
-                header = read_header(content, image.path)
+                header = read_header(content)
             except UnreadableImage as error:
                 return error
             raw = content if isinstance(content, bytes) else content.tobytes()
@@ -142,16 +158,49 @@ class _Reading:
             self.listing.problems.append(unreadable_problem(broken))
         return images, hashes, headers
 
-    def _common_form(self, headers: Sequence[Header]) -> tuple[int, int]:
+    def _common_channels(self, headers: Sequence[Header]) -> int:
         channels = Counter(header.channels for header in headers)
-        depths = Counter(header.bit_depth for header in headers)
         if set(channels) == {1, 3}:
             self.notes.append(f"{count(channels[1], 'grey image')} replicated to RGB")
         elif len(channels) > 1:
-            self.listing.problems.append(f"images differ in channels: {_tally(channels)}")
-        if len(depths) > 1:
-            self.listing.problems.append(f"images differ in bits per channel: {_tally(depths)}")
-        return max(channels, default=3), max(depths, default=8)
+            told = ", ".join(f"{value} ({count(n, 'image')})" for value, n in channels.items())
+            self.listing.problems.append(f"images differ in channels: {told}")
+        return max(channels, default=3)
+
+    def _tell_frames(self, images: Sequence[Listed], headers: Sequence[Header]) -> None:
+        several = [
+            image.path for image, header in zip(images, headers, strict=True) if header.has_frames
+        ]
+        if not several:
+            return
+        told = f"{count(len(several), 'file has', 'files have')} more than one frame or page"
+        if self.options.frames == "fail":
+            self.listing.problems.append(f"{told}: {shorten(several)}")
+        else:
+            self.notes.append(f"{told}, the first is read: {shorten(several)}")
+
+    def _by_patient(self, images: Sequence[Listed], headers: Sequence[Header]) -> list[Listed]:
+        """Returns the images with the patients that DICOM files name as groups, if asked for."""
+        patients = {header.patient for header in headers} - {None}
+        if self.options.group_by is None:
+            is_grouped = self.options.group_regex or self.options.group_column
+            if 1 < len(patients) < len(images) and not is_grouped:
+                self.notes.append(
+                    f"the DICOM files name {count(len(patients), 'patient')}: `--group-by patient` "
+                    "keeps each in one split"
+                )
+            return list(images)
+        unknown = [
+            image.path for image, header in zip(images, headers, strict=True) if not header.patient
+        ]
+        if unknown:
+            self.listing.problems.append(
+                f"{count(len(unknown), 'file names', 'files name')} no patient: {shorten(unknown)}"
+            )
+        return [
+            replace(image, group=header.patient)
+            for image, header in zip(images, headers, strict=True)
+        ]
 
     def _check_classes(self, images: Sequence[Listed]) -> None:
         names = sorted({image.label for image in images})
@@ -290,7 +339,3 @@ class _Reading:
     def _refuse_problems(self) -> None:
         if self.listing.problems:
             raise unusable(self.root, self.listing.problems)
-
-
-def _tally(counts: Counter[int]) -> str:
-    return ", ".join(f"{value} ({count(number, 'image')})" for value, number in counts.items())

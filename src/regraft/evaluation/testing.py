@@ -18,9 +18,10 @@ from regraft.data.decode import (
     Pixels,
     UnreadableImage,
     encode_png,
+    has_frames,
     map_in_threads,
     read_content,
-    read_pixels,
+    read_input,
 )
 from regraft.engine import Engine, evaluating
 from regraft.errors import DataError, UsageError, count, shorten
@@ -35,7 +36,7 @@ from regraft.evaluation.predictions import (
 )
 from regraft.inputs import InputSpec
 from regraft.models.classifier import Classifier
-from regraft.progress import OnProgress, counting
+from regraft.progress import Note, OnProgress, counting
 from regraft.run import Run
 from regraft.storage import committed_folder, json_content, sha256_of, write_bytes
 
@@ -175,11 +176,13 @@ def record_evaluation(
     }
     if not write:
         return document
+    low, high = run.record["inputs"]["intensity_range"]
     with committed_folder(run.folder / "mistakes", "mistakes", replaces=True) as folder:
         for number, position in enumerate(worst):
             pixels = cache.images[row_of[predictions.paths[position]]]
             step = max(1, max(pixels.shape[:2]) // THUMBNAIL_PX)
-            write_bytes(folder / f"{number:03d}.png", encode_png(pixels[::step, ::step]))
+            small = encode_png(pixels[::step, ::step], (low, high))
+            write_bytes(folder / f"{number:03d}.png", small)
     run.write_files({
         "predictions.csv": to_csv(predictions).encode("utf-8", "surrogateescape"),
         "evaluation.json": json_content(document),
@@ -198,12 +201,15 @@ def predict_files(
     told, batch_size = counting(on_progress, "predicting"), eval_batch(inputs.size, engine.device)
     broken: list[tuple[str, str]] = []
     names: list[str] = []
+    several: list[str] = []
 
     def read(file: tuple[Path, str]) -> Pixels | UnreadableImage:
         root, path = file
         try:
             content = read_content(root, path)
-            return read_pixels(content, path, size=inputs.size, channels=inputs.channels)
+            if has_frames(content):
+                several.append(str(root / path))
+            return read_input(content, inputs)
         except UnreadableImage as error:
             return error
 
@@ -228,6 +234,10 @@ def predict_files(
             yield _stacked(waiting, inputs, engine)
 
     outputs = list(_infer_all(classifier, batches(), engine, batch_size))
+    if several:
+        noun = count(len(several), "file has", "files have")
+        shown = shorten(sorted(several))
+        on_progress(Note(f"{noun} more than one frame or page, the first was read: {shown}"))
     if not outputs:
         return None, broken
     probabilities = softmax(np.concatenate(outputs))

@@ -15,6 +15,7 @@ from torch import Tensor
 from regraft.data.batches import ONLY, Shard, eval_batches
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset, unusable
+from regraft.data.intensity import refuse_unclear, with_range
 from regraft.engine import Engine
 from regraft.errors import RegraftError, count, shorten
 from regraft.evaluation.predictions import eval_batch, infer
@@ -117,6 +118,7 @@ class Session:
         on_progress = on_progress if engine.is_main else quiet
         on_progress(Note(f"data: {dataset.summary()}"))
         channels = fitting_channels(dataset, inputs.channels)
+        refuse_unclear(dataset, inputs)
         with engine.first_on_machine():
             told = counting(on_progress, "decoding")
             cache, dataset = Cache.build(
@@ -130,9 +132,12 @@ class Session:
             on_progress(
                 Note(
                     f"data: the start was trained on {inputs.bit_depth}-bit images, these have "
-                    f"{dataset.bit_depth} bits; both are scaled to [0, 1] by their largest value"
+                    f"{dataset.bit_depth} bits; each is scaled to [0, 1] by its own range"
                 )
             )
+        inputs = with_range(inputs, dataset, cache)
+        if dataset.bit_depth > 8 or inputs.clips:
+            on_progress(Note(f"data: {inputs.told_range()}"))
         if not inputs.mean:
             inputs = cache.with_statistics(inputs, dataset.rows("train"))
         return cls(dataset, cache, inputs, engine, on_progress)
