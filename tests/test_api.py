@@ -289,13 +289,13 @@ def test_what_is_left_out_or_unfinished_is_told(
     shutil.copytree(start, run)
     Run.open(run).set_status("interrupted", best_epoch=1)
     data = make_shapes(("a", "c"), 3, seed=99)
-    (data / "a" / "scan.dcm").write_bytes(b"DICM")
+    (data / "a" / "scan.jp2").write_bytes(b"DICM")
     api.evaluate(run, data, on_progress=told.append)
     api.predict(run, [data], on_progress=told.append)
     texts = [record.text for record in told if isinstance(record, Note)]
     assert texts == [
         f"note: `{run}` is no finished training: interrupted",
-        "1 file left out, no images by name: `a/scan.dcm`",
+        "1 file left out, no images by name: `a/scan.jp2`",
     ]
 
 
