@@ -231,8 +231,8 @@ def _from_named(
     asked: Import, form: str, tensors: Mapping[str, Tensor]
 ) -> tuple[Classifier, list[str]]:
     arch = _named_arch(asked.arch)
-    first = next((tensor for tensor in tensors.values() if tensor.ndim == 4), None)
-    channels = 3 if first is None else first.shape[1]
+    size = asked.image_size or SIZE
+    channels = _channels(arch, size, tensors)
     scaling = scaling_of(asked.preprocessing or "torch", channels, **(asked.numbers or {}))
     notes = []
     if asked.preprocessing is None and not asked.numbers:
@@ -240,13 +240,22 @@ def _from_named(
             "images are scaled by torchvision's usual mean and std; if yours were scaled "
             "otherwise, say so with `--preprocessing`, or `--mean` and `--std`"
         )
-    inputs = InputSpec(asked.image_size or SIZE, channels, mean=scaling.mean, std=scaling.std)
+    inputs = InputSpec(size, channels, mean=scaling.mean, std=scaling.std)
     backbone = Backbone.create(arch, inputs, seed=0)
     backbone.random = frozenset()
     head = fill_named(backbone, tensors)
     if scaling.is_bgr:
         _swap_channels(backbone)
     return _assembled(asked, backbone, head, form, notes)
+
+
+def _channels(arch: str, size: tuple[int, int], tensors: Mapping[str, Tensor]) -> int:
+    """Returns how many channels the first convolution of the network takes in the file."""
+    usual = Backbone.create(arch, InputSpec(size, 3), seed=None)
+    parts = usual.body.named_modules()
+    first = next((name for name, part in parts if isinstance(part, nn.Conv2d)), "")
+    weight = tensors.get(f"{first}.weight")
+    return weight.shape[1] if weight is not None and weight.ndim == 4 else 3
 
 
 def _named_arch(arch: str | None) -> str:

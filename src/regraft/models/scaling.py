@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from regraft.errors import ArtefactError, UsageError
+from regraft.errors import ArtefactError, UsageError, count
 from regraft.models.layers import KerasFile
 
 # (scale, mean, std): the network sees (value * scale - mean) / std, where values go to 255.
@@ -85,8 +85,8 @@ def scaling_of(
     is_bgr = preprocessing == "caffe"
     if {len(mean), len(std)} - {1, channels} or (is_bgr and channels != 3):
         raise UsageError(
-            f"the network takes {channels} channels, and there are {len(mean)} means and "
-            f"{len(std)} deviations",
+            f"the network takes {count(channels, 'channel')}, and there are "
+            f"{count(len(mean), 'mean')} and {count(len(std), 'deviation')}",
             hint="give one number, or one for each channel: `--mean 0.5,0.5,0.5`",
         )
     if not all(value > 0 for value in (scale, *std)):
