@@ -25,7 +25,9 @@ ROWS = [
     {"__main__", "__init__"},
 ]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
-COMMANDS = {f"commands/{name}.py" for name in ("arguments", "foreign", "training", "models")}
+COMMANDS = {
+    f"commands/{name}.py" for name in ("arguments", "foreign", "training", "models", "serving")
+}
 DOORS = {
     "timm": {"models/backbone.py"},
     "accelerate": {"engine.py"},
@@ -39,6 +41,10 @@ DOORS = {
     "jinja2": {"delivery/pages.py"},
     "matplotlib": {"delivery/figures.py"},
     "h5py": {"models/keras_files.py"},
+    "fastapi": {"delivery/serve.py"},
+    "starlette": {"delivery/serve.py"},
+    "uvicorn": {"delivery/serve.py"},
+    "h11": {"delivery/serve.py"},
 }
 LAZY = {
     "h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich", "tifffile",

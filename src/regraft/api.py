@@ -13,7 +13,9 @@ from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.data.intensity import refuse_other_scales
 from regraft.data.listing import list_images
+from regraft.delivery.gate import granted
 from regraft.delivery.report import write_report
+from regraft.delivery.service import Service, web_part
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, DataError, UsageError, count, shorten
 from regraft.evaluation.compare import LEAST_SEEDS
@@ -272,6 +274,37 @@ def predict(
     classifier.backbone.inputs = classifier.inputs.with_given_range(intensity_range)
     engine.place(classifier)
     return predict_files(classifier, files, engine, on_progress)
+
+
+def serve(
+    run: Place,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    allow_hosts: Sequence[str] = (),
+    insecure: bool = False,
+    arch: str | None = None,
+    engine: Engine | None = None,
+    on_progress: OnProgress = quiet,
+) -> None:
+    """Answers over HTTP what `predict` would say, until a signal asks to stop.
+
+    Args:
+        host: Of others than this machine's own address, a token is asked for.
+        port: 0: a free one.
+        allow_hosts: Names besides `localhost` by which the server is known.
+        insecure: All who reach it may ask.
+    """
+    access = granted(host, token, allow_hosts, insecure)
+    web = web_part()
+    listener = web.listening_socket(host, port)
+
+    def tell(line: str) -> None:
+        on_progress(Note(line))
+
+    service = Service.of(Path(run), access, tell, arch=arch, engine=engine or Engine())
+    web.run(service, listener)
 
 
 def report(folders: Sequence[Place], *, out: Place) -> Path:

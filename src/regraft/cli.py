@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import foreign, models, training
+from regraft.commands import foreign, models, serving, training
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
 from regraft.terminal import print_error, speaks, tell
 
@@ -31,10 +31,11 @@ for command in (
     models.evaluate,
     models.predict,
     models.report,
+    serving.serve,
 ):
     app.command(command)
 app.command(foreign.import_, name="import")
-ALONE = ("demo", "import", "predict", "recipe", "report")  # commands of one process
+ALONE = ("demo", "import", "predict", "recipe", "report", "serve")  # commands of one process
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
