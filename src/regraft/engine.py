@@ -7,10 +7,10 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from regraft.errors import EnvironmentFault, UsageError
 
 PROBE_PIXELS = 32 * 128 * 128  # in a timed step: fills the cores, and is short at 224 px
 PROBE_STEPS = 2
+SPELL_S = 1.0  # between two looks at signals and progress bars; assumed short enough to wait for
+Item = TypeVar("Item")
 
 
 class Engine:
@@ -87,6 +89,8 @@ class Engine:
 
     def mean(self, values: Tensor) -> Tensor:
         """Returns the mean over the processes."""
+        if self.shard[1] == 1:
+            return values
         return self._accelerator.reduce(values, "mean")  # type: ignore[no-any-return]
 
     def broadcast(self, network: nn.Module) -> None:
@@ -150,6 +154,24 @@ class Engine:
             loss.item()  # waits for the device
             elapsed = time.monotonic() - start
         return elapsed / number
+
+
+def spells(items: Iterable[Item]) -> Iterator[Iterator[Item]]:
+    """Yields the items in stretches of about a second; between them others may act."""
+    iterator = iter(items)
+
+    def spell(first: Item) -> Iterator[Item]:
+        ends = time.monotonic() + SPELL_S
+        yield first
+        while time.monotonic() < ends:
+            for item in iterator:
+                yield item
+                break
+            else:
+                return
+
+    for first in iterator:
+        yield spell(first)
 
 
 @contextmanager

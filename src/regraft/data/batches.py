@@ -39,15 +39,18 @@ def train_batches(
     device: torch.device,
     views: int | None = None,
     shard: Shard = ONLY,
+    skip: int = 0,
 ) -> Iterator[tuple[Tensor, Rows]]:
-    """Yields (images_BCHW, the rows of the batch) in the order of `shuffled_batches`.
+    """Yields (images_BCHW, the rows of the batch) in the order of `shuffled_batches`, but for the
+    first `skip` batches.
 
     With `views`, an image has that many augmented views, which the epochs use in turn; without,
     each epoch has its own. Among several processes each yields the images of its own shard, and
     all rows of the batch.
     """
     view = epoch % views if views else epoch
-    for chosen in shuffled_batches(rows, batch_size=batch_size, seed=seed, epoch=epoch):
+    batches = shuffled_batches(rows, batch_size=batch_size, seed=seed, epoch=epoch)
+    for chosen in batches[skip:]:
         own = part_of(chosen, shard)
         yield augmented(images, own, inputs, how, seed=seed, view=view, device=device), chosen
 

@@ -5,7 +5,7 @@ N images, K classes.
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regraft.engine import Engine, evaluating
+from regraft.engine import Engine, evaluating, spells
+from regraft.progress import Counting
 
 MOST_IN_BATCH = 64
 # Pixels in a batch on a processor: small batches stay in its caches. Measured at 224 px by 8 and by
@@ -77,10 +78,40 @@ def infer(
         engine: Where and how to compute.
         batch_size: To which smaller batches are filled up, see `outputs_of`.
     """
-    outputs = []
-    with evaluating(network), torch.inference_mode(), engine.autocast():
-        for batch in batches:
-            outputs.append(outputs_of(network, batch, batch_size))
+    running = inferring(network, batches, engine, batch_size=batch_size)
+    while True:
+        try:
+            next(running)
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
+
+
+def inferring(
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    engine: Engine,
+    what: str = "",
+    total: int = 0,
+    batch_size: int = 0,
+) -> Generator[Counting, None, NDArray[np.float32]]:
+    """Does the same, and yields about every second how far it is.
+
+    Args:
+        network: See `infer`.
+        batches: See `infer`.
+        engine: See `infer`.
+        what: For the Counting.
+        total: Images of all processes.
+        batch_size: See `infer`.
+    """
+    outputs, done = [], 0
+    with evaluating(network):
+        for spell in spells(batches):
+            with torch.inference_mode(), engine.autocast():  # not while others act
+                for batch in spell:
+                    outputs.append(outputs_of(network, batch, batch_size))
+                    done += len(batch) * engine.shard[1]
+            yield Counting(what, min(done, total), total)
     return np.concatenate(engine.gathered(outputs))
 
 

@@ -67,16 +67,17 @@ class Stored:
     values: NDArray[Any]
     is_channels_last: bool
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
+    def train_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Rows]]:
         recipe, material = self.live.recipe, self.live.material
         places = _places(material.train_rows)
         if self.live.views:
             view = epoch % self.live.views
             plain = len(material.train_rows) + len(material.val_rows)
             places = places + plain + view * len(material.train_rows)
-        for rows in shuffled_batches(
+        batches = shuffled_batches(
             material.train_rows, batch_size=int(recipe.batch_size), seed=recipe.seed, epoch=epoch
-        ):
+        )
+        for rows in batches[skip:]:
             yield self._tensor(places[part_of(rows, self.live.engine.shard)]), rows
 
     def plain_batches(self, rows: Rows) -> Iterator[Tensor]:

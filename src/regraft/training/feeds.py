@@ -43,6 +43,7 @@ class Material:
         groups: Group index of every row (a patient); None: each image is its own.
         key: Names the images' content (see `Cache`), so that activations are found again; None:
             they are not stored.
+        names: Paths of the images, for errors.
     """
 
     images: Images
@@ -51,6 +52,7 @@ class Material:
     val_rows: Rows
     groups: NDArray[np.int64] | None = None
     key: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def judged(self) -> Rows:
@@ -83,8 +85,8 @@ class Material:
 class Feed(Protocol):
     """Batches of a phase, and what a backbone makes of them."""
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
-        """Yields this process's part of each batch, and the rows of the whole batch."""
+    def train_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Rows]]:
+        """Yields this process's part of each batch but the first few, and the rows of all of it."""
 
     def plain_batches(self, rows: Rows) -> Iterator[Tensor]:
         """Yields this process's batches of these training or validation rows, not augmented."""
@@ -108,7 +110,7 @@ class Live:
         """Of batches that are not for training."""
         return eval_batch(self.inputs.size, self.engine.device)
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Rows]]:
+    def train_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Rows]]:
         return train_batches(
             self.material.images,
             self.material.train_rows,
@@ -120,6 +122,7 @@ class Live:
             views=self.views,
             device=self.engine.device,
             shard=self.engine.shard,
+            skip=skip,
         )
 
     def plain_batches(self, rows: Rows, shard: Shard | None = None) -> Iterator[Tensor]:

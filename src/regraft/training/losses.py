@@ -1,9 +1,11 @@
-"""Losses of a training: fetched from the device now and then, and watched.
+"""Losses of a training: fetched from the device and watched.
 
-A loss that is no number ends a training, and so does one that stays where no image is looked at.
+A loss or gradient that is no number ends a training before anything is learned from it; so does a
+loss that stays where no image is looked at.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan, nan
 
@@ -11,52 +13,96 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim import Optimizer
 
 from regraft.engine import Engine
-from regraft.errors import NumericError
+from regraft.errors import NumericError, count, shorten
 
 # A loss under 98 % of the entropy has left it: measured on plain VGG16, docs/log.md 2026-11-23.
 LEFT_ENTROPY = 0.98
 STALL_STEPS = 100  # measured likewise: He-initialised VGG16 leaves it within 80 steps
-SYNC_STEPS = 10  # the device is asked for its losses this often; assumed
+SYNC_STEPS = 10  # the device is asked for its losses this often, where that is slow; assumed
 
 
 class Diverged(NumericError):
     """The loss is no number any more."""
 
 
-class Losses:
-    """The losses of an epoch, fetched from the device every few steps only."""
+@dataclass(frozen=True)
+class Taken:
+    """What an error must know of a step: number (in its phase), epoch, rate, and images by row."""
 
-    def __init__(self, engine: Engine, epoch: int) -> None:
+    step: int
+    epoch: int
+    lr: float
+    rows: NDArray[np.int64]
+
+
+class Losses:
+    """The losses of an epoch; asked for at each step on a processor, now and then on other devices.
+
+    Where they are asked for later, the optimiser is told on the device to change nothing any more.
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer, names: Sequence[str]) -> None:
         self.engine = engine
-        self.epoch = epoch
-        self.waiting: list[Tensor] = []
-        self.numbers: list[int] = []
+        self.optimizer = optimizer
+        self.names = names
+        self.at_once = engine.device.type != "cuda" and engine.shard[1] == 1
+        self.waiting: list[tuple[Tensor, Tensor, Taken]] = []
         self.total = 0.0
+        self.number = 0
         self.latest = nan
 
-    def add(self, loss: Tensor, number: int, lr: float) -> None:
-        self.waiting.append(loss.detach())
-        self.numbers.append(number)
-        if len(self.waiting) == SYNC_STEPS or isnan(self.latest):
-            self._fetch(lr)
+    def add(self, loss: Tensor, norm: Tensor, taken: Taken) -> None:
+        """Takes the loss and the gradient's norm of a step, before the optimiser does.
 
-    def mean(self, lr: float) -> float:
+        Raises:
+            Diverged: One is not finite.
+        """
+        self.waiting.append((loss.detach(), norm.detach(), taken))
+        if not self.at_once:
+            # For good: weights stay those before the first step that went wrong.
+            broken = (~torch.isfinite(norm)).float()
+            before = getattr(self.optimizer, "found_inf", broken)
+            self.optimizer.found_inf = torch.maximum(before, broken)  # type: ignore[attr-defined]
+        if self.at_once or len(self.waiting) == SYNC_STEPS or isnan(self.latest):
+            self.fetch()
+
+    def mean(self) -> float:
         """Returns the mean over all images of the epoch."""
-        self._fetch(lr)
-        return self.total / sum(self.numbers)
+        self.fetch()
+        return self.total / self.number
 
-    def _fetch(self, lr: float) -> None:
+    def fetch(self) -> None:
+        """Asks the device; of several processes, all must."""
         if not self.waiting:
             return
-        values = self.engine.mean(torch.stack(self.waiting)).tolist()
-        if broken := [value for value in values if not isfinite(value)]:
-            raise diverged("training loss", broken[0], self.epoch, lr)
-        numbers = self.numbers[-len(values) :]
-        self.total += sum(v * n for v, n in zip(values, numbers, strict=True))
-        self.latest = values[-1]
+        losses = self.engine.mean(torch.stack([loss for loss, _, _ in self.waiting])).tolist()
+        norms = torch.stack([norm for _, norm, _ in self.waiting]).tolist()
+        for loss, norm, (_, _, taken) in zip(losses, norms, self.waiting, strict=True):
+            if not isfinite(loss):
+                raise self._diverged("training loss", loss, taken)
+            if not isfinite(norm):
+                raise self._diverged("gradient of a finite training loss", norm, taken)
+            self.total += loss * len(taken.rows)
+            self.number += len(taken.rows)
+        self.latest = losses[-1]
         self.waiting.clear()
+
+    def _diverged(self, what: str, value: float, taken: Taken) -> Diverged:
+        rows = taken.rows.tolist()
+        images = shorten(self.names[row] if self.names else f"row {row}" for row in rows)
+        return diverged(
+            what,
+            value,
+            taken.epoch,
+            taken.lr,
+            problems=[
+                f"step {taken.step} of the phase, before anything was learned from it",
+                f"its {count(len(rows), 'image')}: {images}",
+            ],
+        )
 
 
 def label_entropy(labels: NDArray[np.int64], weights: Tensor | None, smoothing: float) -> float:
@@ -93,8 +139,11 @@ class StallDetector:
         )
 
 
-def diverged(what: str, value: float, epoch: int, lr: float) -> Diverged:
+def diverged(
+    what: str, value: float, epoch: int, lr: float, problems: Sequence[str] = ()
+) -> Diverged:
     return Diverged(
         f"the {what} is {value} in epoch {epoch} at learning rate {lr:.3g}",
+        problems=problems,
         hint="use a smaller `--lr`; the best epoch before that, if there is one, is in the run",
     )

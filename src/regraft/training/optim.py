@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from regraft.data.batches import num_batches
-from regraft.engine import Engine, evaluating
+from regraft.engine import Engine, evaluating, spells
 from regraft.errors import UsageError, count
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
+from regraft.progress import Counting
 from regraft.training.recipe import Phase, Recipe
 
 
@@ -98,22 +99,40 @@ def adapt_batch_norm(backbone: Backbone, batches: Iterable[Tensor], engine: Engi
 
     Source: Li et al. 2016, arXiv:1603.04779.
     """
+    for _ in adapting_batch_norm(backbone, batches, engine):
+        pass
+
+
+def adapting_batch_norm(
+    backbone: Backbone, batches: Iterable[Tensor], engine: Engine, total: int = 0
+) -> Iterator[Counting]:
+    """Does the same, and yields about every second how far it is; begun again, it gives the same.
+
+    Args:
+        backbone: Changed in place.
+        batches: Of `total` images.
+        engine: Where and how to compute.
+        total: For the Counting.
+    """
     norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    with evaluating(backbone), torch.no_grad(), engine.autocast():
+    with evaluating(backbone):
         for norm in norms:  # these alone: dropout stays off
             norm.reset_running_stats()
             norm.training = True
         seen = 0
-        for images_BCHW in batches:
-            if len(images_BCHW) == 1 and seen:
-                continue  # a single image has no variance
-            seen += len(images_BCHW)
-            for norm in norms:  # every image weighs the same
-                norm.momentum = len(images_BCHW) / seen
-            backbone(images_BCHW)
+        for spell in spells(batches):
+            with torch.no_grad(), engine.autocast():  # not while others act
+                for images_BCHW in spell:
+                    if len(images_BCHW) == 1 and seen:
+                        continue  # a single image has no variance
+                    seen += len(images_BCHW)
+                    for norm in norms:  # every image weighs the same
+                        norm.momentum = len(images_BCHW) / seen
+                    backbone(images_BCHW)
+            yield Counting("BatchNorm statistics", min(seen, total), total)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
