@@ -1,14 +1,18 @@
-"""Feeds: where a phase gets its batches from. `Live` gives images to the whole network; `Stored`
-(activations.py) gives what its frozen part has made of them. Both give the same numbers.
+"""Feeds: where a phase gets its batches from, and networks from where these enter.
+
+`Live` gives images to the whole network; `Stored` (activations.py) gives what its frozen part has
+made of them. Both give the same numbers.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft.data.augment import AUGMENTATIONS
 from regraft.data.batches import (
@@ -26,6 +30,7 @@ from regraft.engine import Engine
 from regraft.evaluation.predictions import eval_batch
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
+from regraft.models.classifier import Classifier
 from regraft.training.recipe import Recipe
 
 FOLDS = 3  # of cross-validation, where there are no validation images; assumed
@@ -156,3 +161,45 @@ class Live:
 
     def features(self, backbone: Backbone, batch: Tensor) -> Tensor:
         return backbone(batch)  # type: ignore[no-any-return]
+
+
+class Features(nn.Module):
+    """The backbone, from where the batches of a feed enter it."""
+
+    def __init__(self, backbone: Backbone, feed: Feed) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.feed = feed
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.feed.features(self.backbone, batch)
+
+
+class Network(Features):
+    """The classifier, likewise."""
+
+    def __init__(self, classifier: Classifier, feed: Feed) -> None:
+        super().__init__(classifier.backbone, feed)
+        self.head = classifier.head
+
+    def forward(self, batch: Tensor) -> Tensor:
+        logits_BK: Tensor = self.head(super().forward(batch))
+        return logits_BK
+
+
+class Stages(nn.Module):
+    """The features of all stages, side by side.
+
+    Attributes:
+        ends: Where each stage ends, but for the last.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.ends: tuple[int, ...] = ()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        stages = [each.float() for each in self.backbone.stage_features(images_BCHW)]
+        self.ends = tuple(accumulate(each.shape[1] for each in stages))[:-1]
+        return torch.cat(stages, dim=1)

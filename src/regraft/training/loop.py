@@ -9,9 +9,9 @@ B batch, C channels, H height, W width, D features, K classes.
 
 import time
 from collections.abc import Generator, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from math import inf, isfinite
 from typing import Any
 
@@ -21,19 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regraft.data.batches import ONLY, ahead, num_batches, part_of
+from regraft.data.batches import ONLY, Rows, ahead, num_batches, part_of
 from regraft.engine import Engine
 from regraft.evaluation.metrics import log_losses, point
-from regraft.evaluation.predictions import Predictions, infer, softmax
+from regraft.evaluation.predictions import Predictions, inferring, softmax
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training.activations import choose_feed
-from regraft.training.feeds import Feed, Live, Material
-from regraft.training.losses import Losses, StallDetector, diverged, label_entropy
+from regraft.training.feeds import Features, Feed, Live, Material, Network, Stages
+from regraft.training.losses import Losses, StallDetector, Taken, diverged, label_entropy
 from regraft.training.optim import (
     Average,
-    adapt_batch_norm,
+    adapting_batch_norm,
+    clipped,
     freeze,
     learning_stages,
     make_optimizer,
@@ -43,7 +44,9 @@ from regraft.training.optim import (
 )
 from regraft.training.probe import balanced, effective_rank, solve_head, solve_ridge
 from regraft.training.recipe import Phase, Recipe
+from regraft.training.state import Bookmark, Snapshot, moments, restore, restore_moments
 
+Inferring = Generator[Counting, None, NDArray[np.float32]]
 MOST_WATCHED = 1000  # validation images whose features are looked at each epoch: under 1 s
 
 
@@ -97,10 +100,52 @@ class _Fit:
     engine: Engine
     started: float = field(default_factory=time.monotonic)
     epoch: int = 0
-    best_loss: float = float("inf")
+    best_loss: float = inf
     best_state: dict[str, Tensor] | None = None
     latest: nn.Module | None = None
     feed: Feed = field(init=False)
+    phase: int = 0
+    stretch: "_Stretch | None" = None
+    saved: Snapshot | None = None
+
+    def leave(self, phase: Phase) -> None:
+        """Ends a phase: what learned in it is random no more."""
+        backbone = self.classifier.backbone
+        for stage in learning_stages(backbone, phase):
+            backbone.random -= set(backbone.stages[stage])
+        self.phase, self.stretch = self.phase + 1, None
+
+    def snapshot(self) -> Snapshot:
+        taken = Snapshot({
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "best_loss": self.best_loss if isfinite(self.best_loss) else None,
+            "random": sorted(self.classifier.backbone.random),
+            "elapsed_s": time.monotonic() - self.started,
+        })  # fmt: skip
+        taken.put("weights", self.classifier.state_dict())
+        taken.put("best", self.best_state or {})
+        taken.put("averaged", self.latest.state_dict() if self.latest else {})
+        if self.saved is not None:  # of a phase that has not begun again yet
+            taken.values["stretch"] = self.saved.values["stretch"]
+            taken.put("moments", self.saved.get("moments"))
+        elif self.stretch is not None:
+            self.stretch.describe(taken, self.classifier)
+        return taken
+
+    def restore(self, saved: Snapshot) -> None:
+        """Goes back to where a snapshot was taken."""
+        values, device = saved.values, self.engine.device
+        self.phase, self.epoch = values["phase"], values["epoch"]
+        self.best_loss = inf if values["best_loss"] is None else values["best_loss"]
+        self.classifier.backbone.random = frozenset(values["random"])
+        self.started -= values["elapsed_s"]
+        restore(self.classifier, saved.get("weights"))
+        self.best_state = {n: t.to(device) for n, t in saved.get("best").items()} or None
+        if averaged := saved.get("averaged"):
+            self.latest = deepcopy(self.classifier)
+            restore(self.latest, averaged)
+        self.saved = saved if "stretch" in values else None
 
     def loss(self, logits_BK: Tensor, rows: NDArray[np.int64]) -> Tensor:
         """Returns the mean loss of the whole batch `rows`, of which this process has a part.
@@ -144,15 +189,18 @@ class _Fit:
         buffers = {name for name, _ in self.classifier.named_buffers()}
         return frozenset(self.classifier.state_dict()) - (frozen - buffers)
 
-    def features(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        network = _Features(self.classifier.backbone, self.feed)
-        return infer(network, self.feed.plain_batches(rows), self.engine)
+    def infer(self, network: nn.Module, rows: Rows, what: str) -> Inferring:
+        """Returns the network's outputs for these rows, and tells how far it is."""
+        batches = self.feed.plain_batches(rows)
+        return (yield from inferring(network, batches, self.engine, what, len(rows)))
 
-    def close_epoch(self, network: Classifier, learns: str, train_loss: float) -> Epoch:
+    def close_epoch(
+        self, network: Classifier, learns: str, train_loss: float
+    ) -> Generator[Counting, None, Epoch]:
         """Validates, and keeps the weights if no earlier epoch had a lower validation loss."""
-        self.epoch += learns != "head"
+        epoch = self.epoch + (learns != "head")
         told = Epoch(
-            epoch=self.epoch,
+            epoch=epoch,
             num_epochs=self.recipe.num_epochs,
             learns=learns,
             train_loss=train_loss,
@@ -162,14 +210,14 @@ class _Fit:
         if not len(rows):
             return told
         truth, names = self.material.labels[rows], self.classifier.class_names
-        through = _Network(network, self.feed)
-        probabilities = softmax(infer(through, self.feed.plain_batches(rows), self.engine))
+        through = Network(network, self.feed)
+        probabilities = softmax((yield from self.infer(through, rows, "validation")))
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         val_loss = float(log_losses(probabilities, truth).mean())
         if not isfinite(val_loss):
-            raise diverged("validation loss", val_loss, self.epoch, 0.0)
+            raise diverged("validation loss", val_loss, epoch, 0.0)
         if self.recipe.goal == "scratch" and isinstance(self.feed, Live):
-            told = replace(told, **self._worth(network.backbone))
+            told = replace(told, **(yield from self._worth(network.backbone)))
         is_best = val_loss < self.best_loss
         if is_best:
             self.best_loss = val_loss
@@ -186,12 +234,12 @@ class _Fit:
             elapsed_s=time.monotonic() - self.started,
         )
 
-    def _worth(self, backbone: Backbone) -> dict[str, Any]:
+    def _worth(self, backbone: Backbone) -> Generator[Counting, None, dict[str, Any]]:
         """Returns what the features of each stage would be worth to a new head."""
         rows = np.random.default_rng(0).permutation(self.material.val_rows)[:MOST_WATCHED]
         labels_N, own = self.material.labels[rows], np.arange(len(rows))
-        through = _Stages(backbone)
-        joined = infer(through, self.feed.plain_batches(rows), self.engine)
+        through = Stages(backbone)
+        joined = yield from self.infer(through, rows, "features")
         stages = np.split(joined, through.ends, axis=1)
         logits = [solve_ridge(features_ND, labels_N, own)[1] for features_ND in stages]
         return {
@@ -201,7 +249,12 @@ class _Fit:
 
 
 def fit(
-    classifier: Classifier, material: Material, recipe: Recipe, engine: Engine
+    classifier: Classifier,
+    material: Material,
+    recipe: Recipe,
+    engine: Engine,
+    *,
+    bookmark: Bookmark | None = None,
 ) -> Generator[Step | Epoch | Note | Counting, None, None]:
     """Trains the classifier in place, phase by phase.
 
@@ -213,6 +266,8 @@ def fit(
         material: Training and validation rows.
         recipe: Resolved: no field is `auto`.
         engine: Where and how to compute.
+        bookmark: Where to go on from, and where it is (see `Bookmark`). A training that went on
+            any number of times gives the same bits as one that was never interrupted.
 
     Raises:
         UsageError: Random weights would stay frozen.
@@ -221,20 +276,23 @@ def fit(
     """
     refuse_frozen_random(classifier.backbone, recipe)
     state = _Fit(classifier, material, recipe, engine)
+    bookmark = bookmark or Bookmark()
+    if bookmark.saved is not None:
+        state.restore(bookmark.saved)
+    bookmark.describe = state.snapshot
     try:
-        for phase in recipe.phases:
-            if phase.batch_norm == "adapt":
-                plain = Live(material, classifier.inputs, recipe, engine)
-                batches = plain.plain_batches(material.train_rows, ONLY)
-                adapt_batch_norm(classifier.backbone, batches, engine)
+        while state.phase < len(recipe.phases):
+            phase = recipe.phases[state.phase]
+            if phase.batch_norm == "adapt" and state.saved is None:
+                plain, rows = Live(material, classifier.inputs, recipe, engine), material.train_rows
+                batches = plain.plain_batches(rows, ONLY)
+                yield from adapting_batch_norm(classifier.backbone, batches, engine, len(rows))
             freeze(classifier, phase)
             live = Live(material, classifier.inputs, recipe, engine, recipe.views_of(phase))
             state.feed, obstacle = yield from choose_feed(live, classifier.backbone, phase)
             if obstacle:
                 yield Note(f"the frozen part runs again at every step: {obstacle}")
             yield from (_solve if phase.learns == "head" else _train)(state, phase)
-            for stage in learning_stages(classifier.backbone, phase):
-                classifier.backbone.random -= set(classifier.backbone.stages[stage])
     finally:
         kept = state.best_state or (state.latest and state.latest.state_dict())
         if kept:
@@ -243,114 +301,126 @@ def fit(
         classifier.eval()
 
 
-def _solve(state: _Fit, phase: Phase) -> Iterator[Epoch]:
+def _solve(state: _Fit, phase: Phase) -> Iterator[Epoch | Counting]:
     """A linear probe to convergence: one pass for the features, then a convex problem."""
     classifier, material = state.classifier, state.material
     rows, folds = material.for_head()
     number = len(material.train_rows)
-    features_ND, labels_N = state.features(rows), material.labels[rows]
+    through = Features(classifier.backbone, state.feed)
+    features_ND = yield from state.infer(through, rows, "features")
+    labels_N = material.labels[rows]
     is_balanced = state.recipe.class_weights == "balanced"
     solution = solve_head(features_ND, labels_N, folds, balanced=is_balanced)
     solution.copy_to(classifier.head)
     losses = log_losses(softmax(solution.logits(features_ND[:number])), labels_N[:number])
     train_loss = float(losses.mean())
-    yield state.close_epoch(classifier, phase.learns, train_loss)
+    told = yield from state.close_epoch(classifier, phase.learns, train_loss)
+    state.leave(phase)
+    yield told
 
 
-def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch]:
+def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch | Counting]:
     recipe, engine = state.recipe, state.engine
-    optimizer = make_optimizer(state.classifier, phase, recipe)
-    network = engine.ready(_Network(state.classifier, state.feed))
-    averaged = Average(state.classifier, recipe.ema_decay)
-    steps_an_epoch = num_batches(len(state.material.train_rows), int(recipe.batch_size))
-    num_steps = steps_an_epoch * int(phase.epochs)
-    patience = recipe.stall_share * num_steps if recipe.stall_share < 1 else inf
-    labels_N = state.material.labels[state.material.train_rows]
-    entropy = label_entropy(labels_N, state.class_weights, recipe.label_smoothing)
-    stall = StallDetector(entropy, patience)
-    pace = _Pace(num_steps)
-    for _ in range(int(phase.epochs)):
-        losses = Losses(engine, state.epoch + 1)
-        for batch, rows in ahead(state.feed.train_batches(state.epoch), engine.device):
-            lr = scheduled_lr(phase, pace.step, num_steps)
+    stretch = state.stretch = _Stretch(state, phase)
+    optimizer, averaged, losses = stretch.optimizer, stretch.averaged, stretch.losses
+    network = engine.ready(Network(state.classifier, state.feed))
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    steps_an_epoch = stretch.num_steps // int(phase.epochs)
+    pace = _Pace(stretch)
+    while stretch.epochs < int(phase.epochs):
+        done = stretch.step - stretch.epochs * steps_an_epoch
+        coming = state.feed.train_batches(state.epoch, done)
+        for batch, rows in ahead(coming, engine.device):
+            lr = scheduled_lr(phase, stretch.step, stretch.num_steps)
             set_lr(optimizer, lr)
-            with engine.seeded(recipe.seed, state.epoch, pace.step, engine.shard[0]):
+            with engine.seeded(recipe.seed, state.epoch, stretch.step, engine.shard[0]):
                 with engine.autocast():
                     logits_BK = network(batch)
                 loss = state.loss(logits_BK, rows)
                 engine.backward(loss)
-            if recipe.clip_norm:
-                nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+            norm = clipped(parameters, recipe.clip_norm)
+            losses.add(loss, norm, Taken(stretch.step + 1, state.epoch + 1, lr, rows))
             optimizer.step()
             optimizer.zero_grad()
             averaged.update()
+            stretch.step += 1
             state.latest = averaged.module
-            losses.add(loss, len(rows), lr)
             yield pace.told(state, len(rows), losses.latest, lr)
         mean = averaged.module
         engine.broadcast(mean)
-        train_loss = losses.mean(lr)
-        stall.check(train_loss, pace.step)
-        yield state.close_epoch(mean, phase.learns, train_loss)
+        train_loss = losses.mean()
+        stretch.stall.check(train_loss, stretch.step)
+        told = yield from state.close_epoch(mean, phase.learns, train_loss)
+        state.epoch += 1
+        stretch.epochs += 1
+        losses.clear()
+        if stretch.epochs == int(phase.epochs):
+            state.leave(phase)
+        yield told
 
 
-class _Features(nn.Module):
-    """The backbone, from where the batches of a feed enter it."""
-
-    def __init__(self, backbone: Backbone, feed: Feed) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.feed = feed
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.feed.features(self.backbone, batch)
-
-
-class _Network(_Features):
-    """The classifier, likewise."""
-
-    def __init__(self, classifier: Classifier, feed: Feed) -> None:
-        super().__init__(classifier.backbone, feed)
-        self.head = classifier.head
-
-    def forward(self, batch: Tensor) -> Tensor:
-        logits_BK: Tensor = self.head(super().forward(batch))
-        return logits_BK
-
-
-class _Stages(nn.Module):
-    """The features of all stages, side by side.
+class _Stretch:
+    """A phase that iterates, under way.
 
     Attributes:
-        ends: Where each stage ends, but for the last.
+        step: Steps done.
+        epochs: Epochs that have ended.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.ends: tuple[int, ...] = ()
+    def __init__(self, state: _Fit, phase: Phase) -> None:
+        recipe, material = state.recipe, state.material
+        self.num_steps = int(phase.epochs) * num_batches(
+            len(material.train_rows), int(recipe.batch_size)
+        )
+        self.optimizer = make_optimizer(state.classifier, phase, recipe)
+        self.averaged = Average(state.classifier, recipe.ema_decay)
+        self.losses = Losses(state.engine, self.optimizer, material.names)
+        patience = recipe.stall_share * self.num_steps if recipe.stall_share < 1 else inf
+        labels_N = material.labels[material.train_rows]
+        entropy = label_entropy(labels_N, state.class_weights, recipe.label_smoothing)
+        self.stall = StallDetector(entropy, patience)
+        self.step = self.epochs = 0
+        if state.saved is not None:
+            self._restore(state.saved, state.classifier)
+            state.saved = None
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        stages = [each.float() for each in self.backbone.stage_features(images_BCHW)]
-        self.ends = tuple(accumulate(each.shape[1] for each in stages))[:-1]
-        return torch.cat(stages, dim=1)
+    def describe(self, into: Snapshot, classifier: Classifier) -> None:
+        self.losses.fetch()
+        into.values["stretch"] = {
+            "step": self.step,
+            "epochs": self.epochs,
+            "averaged_steps": self.averaged.steps,
+            "loss": [self.losses.total, self.losses.number],
+            "left_at": self.stall.left_at,
+        }
+        into.put("moments", moments(self.optimizer, classifier))
+
+    def _restore(self, saved: Snapshot, classifier: Classifier) -> None:
+        values = saved.values["stretch"]
+        self.step, self.epochs = values["step"], values["epochs"]
+        self.averaged.steps, self.stall.left_at = values["averaged_steps"], values["left_at"]
+        self.losses.total, self.losses.number = values["loss"]
+        restore_moments(self.optimizer, classifier, saved.get("moments"))
+        if averaged := saved.get("averaged"):
+            restore(self.averaged.module, averaged)
 
 
 class _Pace:
-    """Counts steps and images, and foretells the rest."""
+    """Counts images since it began, and foretells the rest."""
 
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.step = self.images = 0
+    def __init__(self, stretch: _Stretch) -> None:
+        self.stretch = stretch
+        self.first, self.images = stretch.step, 0
         self.began = time.monotonic()
 
     def told(self, state: _Fit, num_images: int, loss: float, lr: float) -> Step:
-        self.step, self.images = self.step + 1, self.images + num_images
-        elapsed_s = time.monotonic() - self.began
-        left_s = (self.num_steps - self.step) * elapsed_s / self.step
+        step, num_steps = self.stretch.step, self.stretch.num_steps
+        self.images += num_images
+        elapsed = time.monotonic() - self.began
+        left_s = (num_steps - step) * elapsed / (step - self.first)
         return Step(
-            state.epoch + 1, state.recipe.num_epochs, self.step, self.num_steps, loss, lr,
-            self.images / elapsed_s, left_s,
+            state.epoch + 1, state.recipe.num_epochs, step, num_steps, loss, lr,
+            self.images / elapsed, left_s,
         )  # fmt: skip
 
 

@@ -74,6 +74,10 @@ class Losses:
         self.fetch()
         return self.total / self.number
 
+    def clear(self) -> None:
+        """Begins the next epoch."""
+        self.total, self.number, self.latest = 0.0, 0, nan
+
     def fetch(self) -> None:
         """Asks the device; of several processes, all must."""
         if not self.waiting:

@@ -1,6 +1,6 @@
 """A phase made real: what is frozen, which parameters learn at which rate, and when."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from math import cos, pi
 
@@ -170,6 +170,18 @@ def _groups(classifier: Classifier, phase: Phase, decay: float) -> Iterator[dict
         ):
             if chosen:
                 yield {"params": chosen, "weight_decay": weight_decay, "factor": factor}
+
+
+def clipped(parameters: Sequence[Tensor], most: float) -> Tensor:
+    """Returns the norm of all gradients; where it is larger than `most`, they are scaled down.
+
+    Args:
+        parameters: What learns.
+        most: 0: unlimited.
+    """
+    if most:
+        return nn.utils.clip_grad_norm_(parameters, most)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

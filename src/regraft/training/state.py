@@ -85,7 +85,8 @@ def restore_moments(optimizer: Optimizer, network: nn.Module, saved: State) -> N
     for key, tensor in saved.items():
         moment, _, name = key.partition("/")
         parameter = parameters[name]
-        own = torch.empty_like(parameter if tensor.shape == parameter.shape else tensor)
+        like = parameter if tensor.shape == parameter.shape else tensor
+        own = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
         optimizer.state[parameter][moment] = own.copy_(tensor)
 
 
@@ -150,4 +151,3 @@ def _equal(tensor: Tensor, other: Tensor | None) -> bool:
     if other is None or tensor.shape != other.shape or tensor.dtype != other.dtype:
         return False
     return torch.equal(tensor.detach().cpu(), other)
-

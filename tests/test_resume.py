@@ -1,0 +1,126 @@
+"""A training that went on from any of its steps gives the bits of one that was never interrupted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regraft.data.cache import Cache
+from regraft.data.dataset import Dataset
+from regraft.engine import Engine
+from regraft.inputs import InputSpec
+from regraft.models.backbone import Backbone
+from regraft.models.classifier import Classifier
+from regraft.training.feeds import Material
+from regraft.training.loop import Epoch, Step, fit
+from regraft.training.recipe import Phase, Recipe
+from regraft.training.state import Bookmark, Snapshot, completed, differing
+
+MakeShapes = Callable[..., Path]
+NAMES = ("a", "b")
+
+
+class Tiny(nn.Module):
+    """BatchNorm and dropout in little space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
+        self.middle = nn.Sequential(nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), nn.Dropout(0.3))
+        self.top = nn.Sequential(nn.Conv2d(12, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU())
+        self.end = nn.Dropout(0.3)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        maps: Tensor = self.top(self.middle(self.stem(images_BCHW)))
+        pooled: Tensor = self.end(maps.mean(dim=(2, 3)))
+        return pooled
+
+
+@pytest.fixture
+def bars(make_shapes: MakeShapes) -> tuple[Material, InputSpec]:
+    dataset = Dataset.open(make_shapes(NAMES, 20, side=16))
+    cache, dataset = Cache.build(dataset, (16, 16), 3)
+    inputs = cache.with_statistics(InputSpec((16, 16), 3), dataset.rows("train"))
+    rows = (dataset.rows("train"), dataset.rows("val"))
+    return Material(cache.images, dataset.labels, *rows, key=cache.key), inputs
+
+
+def network(inputs: InputSpec, *, seed: int = 0, trained: bool = True) -> Classifier:
+    torch.manual_seed(seed)
+    backbone = Backbone("tiny.py:net", Tiny(), inputs)
+    backbone.random = frozenset() if trained else backbone.random
+    return Classifier(backbone, NAMES)
+
+
+def copied(snapshot: Snapshot, origin: dict[str, Tensor]) -> Snapshot:
+    """As it comes back from the disk."""
+    kept = {n: t.clone().contiguous() for n, t in differing(snapshot, origin).items()}
+    return completed(snapshot.values, list(snapshot.tensors), kept, origin)
+
+
+def timeless(record: Any) -> Any:
+    return replace(record, elapsed_s=0) if isinstance(record, Epoch) else (record.step, record.loss)
+
+
+PHASES = {
+    "pretrain": (Phase(epochs=8, lr=0.1, batch_norm="train"),),
+    "head": (Phase(learns="head", epochs=1, batch_norm="adapt"),),
+    "last:1": (
+        Phase(learns="head", epochs=1, batch_norm="frozen"),
+        Phase(learns="last:1", epochs=5, lr=0.1, batch_norm="frozen"),
+        Phase(learns="all", epochs=4, lr=0.05, layer_decay=0.7, batch_norm="adapt"),
+    ),
+    "full": (Phase(epochs=8, lr=0.1, batch_norm="adapt"),),
+}
+
+
+@pytest.mark.fault("F9", "F14", "F15")
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "precision"),
+    [
+        ("pretrain", "sgd", "fp32"),
+        ("pretrain", "adamw", "bf16"),
+        ("head", "sgd", "fp32"),
+        ("last:1", "adamw", "fp32"),
+        ("last:1", "sgd", "bf16"),
+        ("full", "sgd", "fp32"),
+    ],
+)
+def test_going_on_from_every_step_gives_the_same_bits(
+    bars: tuple[Material, InputSpec], kind: str, optimizer: str, precision: str
+) -> None:
+    material, inputs = bars
+    engine = Engine("cpu", precision)
+    goal = "scratch" if kind == "pretrain" else "transfer"
+    chosen: Any = {"optimizer": optimizer, "ema_decay": 0.9, "batch_size": 10, "goal": goal}
+    recipe = Recipe(phases=PHASES[kind], **chosen).resolved(
+        normalisation="batch", num_images=len(material.train_rows), is_grey=True
+    )
+
+    def begun() -> Classifier:
+        classifier = network(inputs, trained=kind != "pretrain")
+        engine.place(classifier)
+        return classifier
+
+    whole = begun()
+    origin = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    bookmark = Bookmark()
+    told, places = [], []
+    for record in fit(whole, material, recipe, engine, bookmark=bookmark):
+        if isinstance(record, Step | Epoch):
+            told.append(timeless(record))
+            now = bookmark.describe()
+            assert now is not None
+            places.append(copied(now, origin))
+    assert kind == "head" or len(places) >= 20
+    for number, place in enumerate(places, start=1):
+        again = begun()
+        rest = list(fit(again, material, recipe, engine, bookmark=Bookmark(place)))
+        assert [timeless(r) for r in rest if isinstance(r, Step | Epoch)] == told[number:], number
+        pairs = zip(whole.state_dict().items(), again.state_dict().values(), strict=True)
+        assert [name for (name, one), other in pairs if not torch.equal(one, other)] == [], number
+        assert again.backbone.random == whole.backbone.random
