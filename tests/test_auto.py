@@ -158,10 +158,10 @@ def test_images_that_judge_never_teach(
     judged: list[set[int]] = []
     fit = loop.fit
 
-    def watched(classifier: Any, part: Material, *rest: Any) -> Any:
+    def watched(classifier: Any, part: Material, *rest: Any, **named: Any) -> Any:
         seen.append(set(part.train_rows.tolist()))
         assert not len(part.val_rows)
-        return fit(classifier, part, *rest)
+        return fit(classifier, part, *rest, **named)
 
     logits = auto._Tuning.logits
 

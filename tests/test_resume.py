@@ -1,10 +1,11 @@
-"""A training that went on from any of its steps gives the bits of one that was never interrupted."""
+"""A training that went on from any of its steps gives the bits of one never interrupted."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ from regraft.engine import Engine
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
+from regraft.progress import Counting, Note
+from regraft.training.auto import Trial, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit
+from regraft.training.plan import Plan
 from regraft.training.recipe import Phase, Recipe
 from regraft.training.state import Bookmark, Snapshot, completed, differing
 
@@ -63,7 +67,11 @@ def copied(snapshot: Snapshot, origin: dict[str, Tensor]) -> Snapshot:
 
 
 def timeless(record: Any) -> Any:
-    return replace(record, elapsed_s=0) if isinstance(record, Epoch) else (record.step, record.loss)
+    if isinstance(record, Epoch | Trial):
+        return replace(record, elapsed_s=0)
+    if isinstance(record, Step):
+        return replace(record, images_per_s=0, left_s=0)
+    return record
 
 
 PHASES = {
@@ -124,3 +132,50 @@ def test_going_on_from_every_step_gives_the_same_bits(
         pairs = zip(whole.state_dict().items(), again.state_dict().values(), strict=True)
         assert [name for (name, one), other in pairs if not torch.equal(one, other)] == [], number
         assert again.backbone.random == whole.backbone.random
+
+
+@pytest.mark.fault("F9", "F14")
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_search_goes_on_from_anywhere_to_the_same_bits(
+    bars: tuple[Material, InputSpec], folded: bool
+) -> None:
+    material, inputs = bars
+    if folded:
+        both = np.concatenate([material.train_rows, material.val_rows])
+        material = replace(material, train_rows=np.sort(both), val_rows=both[:0])
+    recipe = Recipe.transfer("auto").changed({"epochs": 4, "batch_size": 10, "ema_decay": 0.9})
+    recipe = recipe.resolved(
+        normalisation="batch", num_images=len(material.train_rows), is_grey=True
+    )
+    engine = Engine("cpu", "fp32")
+
+    def begun() -> Classifier:
+        classifier = network(inputs)
+        engine.place(classifier)
+        return classifier
+
+    whole = begun()
+    origin = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    bookmark = Bookmark()
+    told, places = [], []
+    for record in tune(whole, material, recipe, engine, bookmark=bookmark):
+        told.append(timeless(record))
+        now = bookmark.describe()
+        if now is not None:
+            places.append((len(told), copied(now, origin)))
+    kinds = {type(told[number - 1]) for number, _ in places}
+    assert {Step, Epoch, Trial, Plan} <= kinds
+    for number, place in places[:: 3 if folded else 2]:
+        again = begun()
+        running = tune(again, material, recipe, engine, bookmark=Bookmark(place))
+        rest = [timeless(record) for record in running]
+        assert [r for r in rest if not skipped(r)] == [
+            r for r in told[number:] if not skipped(r)
+        ], number
+        pairs = zip(whole.state_dict().items(), again.state_dict().values(), strict=True)
+        assert [name for (name, one), other in pairs if not torch.equal(one, other)] == [], number
+
+
+def skipped(record: Any) -> bool:
+    """What is not for files may be told again."""
+    return isinstance(record, Note | Counting)

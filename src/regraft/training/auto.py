@@ -7,10 +7,10 @@ end; the one that held-out images like best trains in full.
 N images, K classes.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 from time import monotonic
 from typing import Any
 
@@ -23,18 +23,17 @@ from regraft.data.batches import ONLY, Rows
 from regraft.engine import Engine
 from regraft.errors import NumericError
 from regraft.evaluation.calibration import LEAST_IMAGES, calibrated_loss, fit_temperature
-from regraft.evaluation.predictions import infer
+from regraft.evaluation.predictions import inferring
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training.feeds import Live, Material
 from regraft.training.loop import Epoch, Step, fit
-from regraft.training.optim import (
-    adapt_batch_norm,
-)
+from regraft.training.optim import adapting_batch_norm
 from regraft.training.plan import Candidate, Plan, Policy, make_plan
 from regraft.training.probe import Probe, balanced, probe
 from regraft.training.recipe import Recipe
+from regraft.training.state import Bookmark, Snapshot, restore
 
 State = dict[str, Tensor]
 Logits = NDArray[np.float32]  # NK
@@ -66,11 +65,31 @@ class Trial:
 
 
 Told = Step | Epoch | Note | Counting | Trial | Plan
+Judging = Generator[Counting, None, Logits]
+
+
+@dataclass
+class _Trying:
+    """A trial under way: what its held-out images got so far, by fold, and the first network."""
+
+    logits_NK: Logits
+    done: int = 0
+    first: Classifier | None = None
 
 
 @dataclass
 class _Tuning:
-    """The state of one `tune`."""
+    """The state of one `tune`.
+
+    Attributes:
+        plan: None until the probe has ended; before that nothing is kept for a resume.
+        probed: The best loss until then.
+        found: Held-out logits of each candidate, the latest.
+        tried: All trials that were told, the probe's too.
+        trying: The trial under way.
+        inner: Of the `fit` under way.
+        has_diverged: Whether the winner did.
+    """
 
     classifier: Classifier
     material: Material
@@ -79,6 +98,72 @@ class _Tuning:
     origin: State
     started: float = field(default_factory=monotonic)
     best: float = inf
+    plan: Plan | None = None
+    probed: float = inf
+    found: dict[str, Logits] = field(default_factory=dict)
+    tried: list[Trial] = field(default_factory=list)
+    trying: _Trying | None = None
+    inner: Bookmark = field(default_factory=Bookmark)
+    has_diverged: bool = False
+    is_calibrated: bool = False
+
+    def told(self, name: str, share: float) -> Trial | None:
+        """Returns a trial that was told before."""
+        same = (t for t in self.tried if (t.candidate, t.share) == (name, share))
+        return next(same, None)
+
+    def begin(self) -> Bookmark:
+        """Returns the bookmark of the next `fit`: where the last one was, if it goes on."""
+        self.inner = Bookmark(self.inner.saved)
+        return self.inner
+
+    def end(self) -> None:
+        """Forgets the `fit` that has ended."""
+        self.inner = Bookmark()
+
+    def snapshot(self) -> Snapshot | None:
+        if self.plan is None:
+            return None
+        taken = Snapshot({
+            "plan": self.plan.model_dump(mode="json"),
+            "best": self.best if isfinite(self.best) else None,
+            "probed": self.probed if isfinite(self.probed) else None,
+            "tried": [vars(trial) for trial in self.tried],
+            "has_diverged": self.has_diverged,
+            "is_calibrated": self.is_calibrated,
+            "elapsed_s": monotonic() - self.started,
+        })  # fmt: skip
+        taken.put("held", self.classifier.state_dict())
+        taken.put("found", {name: torch.from_numpy(found) for name, found in self.found.items()})
+        if self.trying is not None:
+            taken.values["trying"] = self.trying.done
+            taken.put("trying", {"logits": torch.from_numpy(self.trying.logits_NK)})
+            if self.trying.first is not None:
+                taken.put("first", self.trying.first.state_dict())
+        inner = self.inner.describe() or self.inner.saved
+        if inner is not None:
+            taken.put_inner("fit", inner)
+        return taken
+
+    def restore(self, saved: Snapshot) -> None:
+        """Goes back to where a snapshot was taken."""
+        values = saved.values
+        self.plan = Plan.model_validate(values["plan"])
+        self.best = inf if values["best"] is None else values["best"]
+        self.probed = inf if values["probed"] is None else values["probed"]
+        self.tried = [Trial(**trial) for trial in values["tried"]]
+        self.has_diverged = values["has_diverged"]
+        self.is_calibrated = values["is_calibrated"]
+        self.started -= values["elapsed_s"]
+        restore(self.classifier, saved.get("held"))
+        self.found = {name: found.numpy() for name, found in saved.get("found").items()}
+        if "trying" in values:
+            first = self.fresh() if saved.get("first") else None
+            if first is not None:
+                restore(first, saved.get("first"))
+            logits_NK = saved.get("trying")["logits"].numpy()
+            self.trying = _Trying(logits_NK, values["trying"], first)
+        self.inner = Bookmark(saved.inner("fit"))
 
     def fresh(self) -> Classifier:
         """Returns a classifier as it was before any training."""
@@ -86,10 +171,11 @@ class _Tuning:
         fresh.load_state_dict(self.origin)
         return fresh
 
-    def logits(self, network: Classifier, rows: Rows) -> Logits:
+    def logits(self, network: Classifier, rows: Rows) -> Judging:
         """Returns what a network says of these rows, not augmented."""
         live = Live(self.material, network.inputs, self.recipe, self.engine)
-        return infer(network, live.plain_batches(rows), self.engine)
+        batches = live.plain_batches(rows)
+        return (yield from inferring(network, batches, self.engine, "held-out", len(rows)))
 
     def held(self, name: str, share: float, logits_NK: Logits, network: Classifier) -> Trial:
         """Returns how held-out logits do; the classifier takes the network over if it is best."""
@@ -97,7 +183,16 @@ class _Tuning:
         if is_best := loss < self.best:
             self.best = loss
             self.classifier.load_state_dict(network.state_dict())
-        return Trial(name, share, loss, accuracy, monotonic() - self.started, is_best)
+        return self.note(Trial(name, share, loss, accuracy, self.elapsed_s, is_best))
+
+    def note(self, trial: Trial) -> Trial:
+        """Remembers a trial that is to be told."""
+        self.tried.append(trial)
+        return trial
+
+    @property
+    def elapsed_s(self) -> float:
+        return monotonic() - self.started
 
     def judged(self, logits_NK: Logits) -> tuple[float, float]:
         """Returns loss and balanced accuracy of logits of the rows that judge."""
@@ -123,6 +218,7 @@ def tune(
     *,
     plan: Plan | None = None,
     random: Callable[[], Backbone] | None = None,
+    bookmark: Bookmark | None = None,
 ) -> Generator[Told, None, None]:
     """Trains the classifier in place by the best of several candidates.
 
@@ -137,17 +233,24 @@ def tune(
         engine: Where and how to compute.
         plan: To repeat; None: one is made.
         random: Gives the architecture with random weights, probed beside the transplanted ones.
+        bookmark: See `fit`; the classifier is as before any training, whatever is gone on from.
     """
     origin = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     state = _Tuning(classifier, material, recipe, engine, origin)
-    policy: Policy = "frozen"
+    bookmark = bookmark or Bookmark()
+    if bookmark.saved is not None:
+        state.restore(bookmark.saved)
+    bookmark.describe = state.snapshot
     try:
-        if recipe.goal == "transfer":
-            policy = yield from _probe(state, random)
-        plan = plan or make_plan(classifier.backbone, material, recipe, engine, policy)
-        yield plan
-        winner, temperature = yield from _search(state, plan)
-        settled = plan.settled(winner, temperature)
+        if state.plan is None:
+            policy: Policy = "frozen"
+            if recipe.goal == "transfer":
+                policy = yield from _probe(state, random)
+            state.probed = state.best
+            state.plan = plan or make_plan(classifier.backbone, material, recipe, engine, policy)
+            yield state.plan
+        winner, temperature = yield from _search(state, state.plan)
+        settled = state.plan.settled(winner, temperature)
         yield from _finish(state, settled)
     finally:
         classifier.eval()
@@ -157,27 +260,27 @@ def tune(
 
 def _probe(
     state: _Tuning, random: Callable[[], Backbone] | None
-) -> Generator[Trial | Note, None, Policy]:
+) -> Generator[Trial | Note | Counting, None, Policy]:
     """Heads on frozen features: a first classifier, the BatchNorm policy, an early warning."""
     own = deepcopy(state.classifier)
-    first = _probed(state, own.backbone)
+    first = yield from _probed(state, own.backbone)
     first.solution.copy_to(own.head)
-    yield state.held("probe", 0, _held_out(state, own, first), own)
+    yield state.held("probe", 0, (yield from _held_out(state, own, first)), own)
     yield Note(f"probe: transplanted features, {first.told()}")
     policy: Policy = "frozen"
     if own.backbone.normalisation == "batch":
-        _adapt(state, own.backbone)
-        adapted = _probed(state, own.backbone)
+        yield from _adapt(state, own.backbone)
+        adapted = yield from _probed(state, own.backbone)
         adapted.solution.copy_to(own.head)
-        yield state.held("adapted", 0, _held_out(state, own, adapted), own)
+        yield state.held("adapted", 0, (yield from _held_out(state, own, adapted)), own)
         yield Note(f"probe: with BatchNorm statistics of these images, {adapted.told()}")
         policy = "adapt" if adapted.loss < first.loss else "frozen"
         first = min(first, adapted, key=lambda found: found.loss)
     if random is not None:
         fresh = random()
         state.engine.place(fresh)
-        _adapt(state, fresh)
-        chance = _probed(state, fresh)
+        yield from _adapt(state, fresh)
+        chance = yield from _probed(state, fresh)
         yield Note(f"probe: features of random weights, {chance.told()}")
         if first.loss >= chance.loss:
             yield Note(
@@ -187,23 +290,27 @@ def _probe(
     return policy
 
 
-def _probed(state: _Tuning, backbone: Backbone) -> Probe:
+def _probed(state: _Tuning, backbone: Backbone) -> Generator[Counting, None, Probe]:
     """Returns the probe of the backbone's features of the training images."""
     live = Live(state.material, backbone.inputs, state.recipe, state.engine)
     rows = state.material.train_rows
-    features_ND = infer(backbone, live.plain_batches(rows), state.engine)
+    batches = live.plain_batches(rows)
+    features_ND = yield from inferring(backbone, batches, state.engine, "features", len(rows))
     return probe(features_ND, state.material.labels[rows], state.material.train_groups)
 
 
-def _held_out(state: _Tuning, network: Classifier, found: Probe) -> Logits:
+def _held_out(state: _Tuning, network: Classifier, found: Probe) -> Judging:
     """Returns logits of the rows that judge, by a head that has not seen them."""
     rows = state.material.val_rows
-    return state.logits(network, rows) if len(rows) else found.logits_NK
+    return (yield from state.logits(network, rows)) if len(rows) else found.logits_NK
 
 
-def _adapt(state: _Tuning, backbone: Backbone) -> None:
+def _adapt(state: _Tuning, backbone: Backbone) -> Iterator[Counting]:
     live = Live(state.material, backbone.inputs, state.recipe, state.engine)
-    adapt_batch_norm(backbone, live.plain_batches(state.material.train_rows, ONLY), state.engine)
+    rows = state.material.train_rows
+    yield from adapting_batch_norm(
+        backbone, live.plain_batches(rows, ONLY), state.engine, len(rows)
+    )
 
 
 def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[Candidate, float | None]]:
@@ -212,21 +319,20 @@ def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[Candidate
     In folds nothing is left to compare a full training with: where no candidate was better than the
     probe, the head alone wins.
     """
-    probed = state.best
-    alive, found = list(plan.candidates), dict[str, Logits]()
+    alive, found = list(plan.candidates), state.found
     losses: dict[str, float] = {}
     for share, number in plan.trials():
         losses = {}
         for candidate in alive[:number]:
-            epochs = max(1, round(share * plan.epochs))
-            trial = yield from _trial(state, plan, candidate, epochs, share, found)
+            trial = state.told(candidate.name, share)
+            if trial is None:
+                trial = yield from _trial(state, plan, candidate, share)
             losses[candidate.name] = inf if trial.loss is None else trial.loss
-            yield trial
         # What differs by less is equal, and the first is most often right.
         tried = sorted(alive[:number], key=lambda each: round(losses[each.name], 3))
         alive = [each for each in tried if losses[each.name] < inf] or tried[:1]
     winner = alive[0]
-    is_better = bool(found) and round(min(losses.values()), 3) < round(probed, 3)
+    is_better = bool(found) and round(min(losses.values()), 3) < round(state.probed, 3)
     if plan.folds and plan.rungs and not is_better:
         winner = winner.head or winner
     labels_N = state.material.labels[state.material.judged]
@@ -239,13 +345,11 @@ def _trial(
     state: _Tuning,
     plan: Plan,
     candidate: Candidate,
-    epochs: int,
     share: float,
-    found: dict[str, Logits],
 ) -> Generator[Told, None, Trial]:
-    """Trains a candidate on a short schedule; its held-out logits go into `found`."""
+    """Trains a candidate on a short schedule; its held-out logits go into `state.found`."""
     material = state.material
-    recipe = state.recipe_of(candidate, epochs)
+    recipe = state.recipe_of(candidate, max(1, round(share * plan.epochs)))
     judged = [(material, material.val_rows, np.arange(len(material.val_rows)))]
     if plan.folds:
         nobody = material.val_rows[:0]
@@ -254,57 +358,87 @@ def _trial(
              material.train_rows[judge], judge)
             for learn, judge in material.folds(plan.folds)
         ]  # fmt: skip
-    logits_NK = np.zeros((len(material.judged), len(state.classifier.class_names)), np.float32)
-    networks = []
+    shape = (len(material.judged), len(state.classifier.class_names))
+    trying = state.trying = state.trying or _Trying(np.zeros(shape, np.float32))
+    problem = None
     try:
-        for part, rows, places in judged:
-            networks.append(state.fresh())
-            for told in fit(networks[-1], part, recipe, state.engine):
+        for part, rows, places in judged[trying.done :]:
+            network = state.fresh()
+            for told in fit(network, part, recipe, state.engine, bookmark=state.begin()):
                 if isinstance(told, Step | Counting):
                     yield told
-            logits_NK[places] = state.logits(networks[-1], rows)
+            trying.logits_NK[places] = yield from state.logits(network, rows)
+            trying.first, trying.done = trying.first or network, trying.done + 1
+            state.end()
     except NumericError as error:
-        yield Note(f"{candidate.name}: {str(error).splitlines()[0]}")
-        return Trial(candidate.name, share, None, None, monotonic() - state.started)
-    found[candidate.name] = logits_NK
-    return state.held(candidate.name, share, logits_NK, networks[0])
+        problem = Note(f"{candidate.name}: {str(error).splitlines()[0]}")
+    state.trying = None
+    state.end()
+    if problem is not None:
+        trial = state.note(Trial(candidate.name, share, None, None, state.elapsed_s))
+    else:
+        assert trying.first is not None
+        state.found[candidate.name] = trying.logits_NK
+        trial = state.held(candidate.name, share, trying.logits_NK, trying.first)
+    yield trial
+    if problem is not None:
+        yield problem
+    return trial
 
 
 def _finish(state: _Tuning, plan: Plan) -> Generator[Told, None, None]:
     """Trains the winner in full; what its validation images like better is kept."""
     winner, material = plan.candidates[0], state.material
+    if state.is_calibrated:  # that was the last of it
+        return
     network = state.fresh()
-    ended = False
-    try:
-        yield from fit(network, material, state.recipe_of(winner, plan.epochs), state.engine)
-        ended = True
-    except NumericError as error:
-        if state.best == inf:
-            raise
-        yield Note(f"{winner.name}: {str(error).splitlines()[0]}; what was best before is kept")
-    finally:
-        # Without validation images an unfinished training cannot be told from a better one.
+    if not state.has_diverged:
+        yield from _full(state, winner, plan.epochs, network)
+    if not state.has_diverged and state.told(winner.name, 1) is None:
         if len(material.val_rows):
-            trial = state.held(winner.name, 1, state.logits(network, material.val_rows), network)
-        elif ended:
-            state.classifier.load_state_dict(network.state_dict())
-            trial = Trial(winner.name, 1, None, None, monotonic() - state.started, is_best=True)
+            logits_NK = yield from state.logits(network, material.val_rows)
+            yield state.held(winner.name, 1, logits_NK, network)
         else:
-            trial = Trial(winner.name, 1, None, None, monotonic() - state.started)
-    yield trial
-    if ended and len(material.val_rows):
+            state.classifier.load_state_dict(network.state_dict())
+            yield state.note(Trial(winner.name, 1, None, None, state.elapsed_s, is_best=True))
+    if not state.has_diverged and len(material.val_rows):
         yield from _blend(state, winner, network)
     labels_N = material.labels[material.val_rows]
     temperature = plan.temperature
     if len(labels_N) >= LEAST_IMAGES:
-        temperature = fit_temperature(state.logits(state.classifier, material.val_rows), labels_N)
+        logits_NK = yield from state.logits(state.classifier, material.val_rows)
+        temperature = fit_temperature(logits_NK, labels_N)
     if temperature is None:
         yield Note("probabilities are as trained: too few images were held out to calibrate them")
         return
     with torch.no_grad():
         for parameter in state.classifier.head.parameters():
             parameter.div_(temperature)
+    state.is_calibrated = True
     yield Note(f"probabilities calibrated: temperature {temperature:.2f}, held-out images")
+
+
+def _full(
+    state: _Tuning, winner: Candidate, epochs: int, network: Classifier
+) -> Generator[Told, None, None]:
+    """Trains the winner; if it is stopped or diverges, its best epoch may still be the best."""
+    recipe, bookmark = state.recipe_of(winner, epochs), state.begin()
+    try:
+        yield from fit(network, state.material, recipe, state.engine, bookmark=bookmark)
+    except GeneratorExit:
+        if bookmark.judged is not None:
+            state.held(winner.name, 1, bookmark.judged, network)
+        raise
+    except NumericError as error:
+        if state.best == inf and bookmark.judged is None:
+            raise
+        state.has_diverged = True
+        state.end()
+        if bookmark.judged is None:
+            yield state.note(Trial(winner.name, 1, None, None, state.elapsed_s))
+        else:
+            yield state.held(winner.name, 1, bookmark.judged, network)
+        yield Note(f"{winner.name}: {str(error).splitlines()[0]}; what was best before is kept")
 
 
 def _blend(state: _Tuning, winner: Candidate, network: Classifier) -> Generator[Told, None, None]:
@@ -317,16 +451,20 @@ def _blend(state: _Tuning, winner: Candidate, network: Classifier) -> Generator[
         return
     before = state.fresh()
     head = Candidate(name="head", phases=winner.phases[:1])
-    for _ in fit(before, state.material, state.recipe_of(head, 1), state.engine):
-        pass
+    for told in fit(before, state.material, state.recipe_of(head, 1), state.engine):
+        if isinstance(told, Counting):
+            yield told
     low, high = before.state_dict(), network.state_dict()
     for share in BLENDS:
+        name = f"{share:.0%} of {winner.name}"
+        if state.told(name, 1) is not None:
+            continue
         blended = state.fresh()
         blended.load_state_dict({
-            name: low[name].lerp(high[name], share) if low[name].is_floating_point() else high[name]
-            for name in high
+            key: low[key].lerp(high[key], share) if low[key].is_floating_point() else high[key]
+            for key in high
         })  # fmt: skip
         if winner.phases[-1].batch_norm == "train":
-            _adapt(state, blended.backbone)
-        logits_NK = state.logits(blended, state.material.val_rows)
-        yield state.held(f"{share:.0%} of {winner.name}", 1, logits_NK, blended)
+            yield from _adapt(state, blended.backbone)
+        logits_NK = yield from state.logits(blended, state.material.val_rows)
+        yield state.held(name, 1, logits_NK, blended)

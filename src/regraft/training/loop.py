@@ -107,6 +107,7 @@ class _Fit:
     phase: int = 0
     stretch: "_Stretch | None" = None
     saved: Snapshot | None = None
+    bookmark: Bookmark = field(default_factory=Bookmark)
 
     def leave(self, phase: Phase) -> None:
         """Ends a phase: what learned in it is random no more."""
@@ -125,6 +126,8 @@ class _Fit:
         })  # fmt: skip
         taken.put("weights", self.classifier.state_dict())
         taken.put("best", self.best_state or {})
+        if self.bookmark.judged is not None:
+            taken.put("judged", {"logits": torch.from_numpy(self.bookmark.judged)})
         taken.put("averaged", self.latest.state_dict() if self.latest else {})
         if self.saved is not None:  # of a phase that has not begun again yet
             taken.values["stretch"] = self.saved.values["stretch"]
@@ -141,6 +144,8 @@ class _Fit:
         self.classifier.backbone.random = frozenset(values["random"])
         self.started -= values["elapsed_s"]
         restore(self.classifier, saved.get("weights"))
+        if judged := saved.get("judged"):
+            self.bookmark.judged = judged["logits"].numpy()
         self.best_state = {n: t.to(device) for n, t in saved.get("best").items()} or None
         if averaged := saved.get("averaged"):
             self.latest = deepcopy(self.classifier)
@@ -211,7 +216,8 @@ class _Fit:
             return told
         truth, names = self.material.labels[rows], self.classifier.class_names
         through = Network(network, self.feed)
-        probabilities = softmax((yield from self.infer(through, rows, "validation")))
+        logits_NK = yield from self.infer(through, rows, "validation")
+        probabilities = softmax(logits_NK)
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         val_loss = float(log_losses(probabilities, truth).mean())
         if not isfinite(val_loss):
@@ -220,7 +226,7 @@ class _Fit:
             told = replace(told, **(yield from self._worth(network.backbone)))
         is_best = val_loss < self.best_loss
         if is_best:
-            self.best_loss = val_loss
+            self.best_loss, self.bookmark.judged = val_loss, logits_NK
             self.best_state = {
                 name: tensor.detach().clone() if name in self.moving else tensor.detach()
                 for name, tensor in network.state_dict().items()
@@ -275,8 +281,8 @@ def fit(
         NumericError: The loss never leaves the entropy of the labels.
     """
     refuse_frozen_random(classifier.backbone, recipe)
-    state = _Fit(classifier, material, recipe, engine)
     bookmark = bookmark or Bookmark()
+    state = _Fit(classifier, material, recipe, engine, bookmark=bookmark)
     if bookmark.saved is not None:
         state.restore(bookmark.saved)
     bookmark.describe = state.snapshot

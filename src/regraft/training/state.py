@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -55,10 +57,12 @@ class Bookmark:
         saved: Where to go on from; None: from the beginning.
         describe: Set by the generator: where it is now. Asked between two records only. None where
             it is at no place to go on from, and before it has begun.
+        judged: Set by `fit`: validation logits of the best epoch so far.
     """
 
     saved: Snapshot | None = None
     describe: Callable[[], Snapshot | None] = lambda: None
+    judged: NDArray[np.float32] | None = None
 
 
 def moments(optimizer: Optimizer, network: nn.Module) -> dict[str, Tensor]:
