@@ -84,7 +84,7 @@ def test_stored_activations_give_the_same_bits_as_the_whole_network(
     unnamed = replace(images, key=None)
     live, after_live = trained(arch, unnamed, inputs, strategy, precision, **changes)
     assert any(isinstance(record, Counting) for record in stored)
-    assert not any(isinstance(record, Counting) for record in live)
+    assert "frozen part" not in [r.what for r in live if isinstance(r, Counting)]
     assert epochs(stored) == epochs(live)
     assert all(torch.equal(after_stored[name], after_live[name]) for name in after_live)
 

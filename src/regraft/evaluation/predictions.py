@@ -107,11 +107,12 @@ def inferring(
     outputs, done = [], 0
     with evaluating(network):
         for spell in spells(batches):
+            if done:
+                yield Counting(what, done, total)
             with torch.inference_mode(), engine.autocast():  # not while others act
                 for batch in spell:
                     outputs.append(outputs_of(network, batch, batch_size))
-                    done += len(batch) * engine.shard[1]
-            yield Counting(what, min(done, total), total)
+                    done = min(done + len(batch) * engine.shard[1], total)
     return np.concatenate(engine.gathered(outputs))
 
 

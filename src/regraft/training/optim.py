@@ -124,6 +124,8 @@ def adapting_batch_norm(
             norm.training = True
         seen = 0
         for spell in spells(batches):
+            if seen:
+                yield Counting("BatchNorm statistics", min(seen, total), total)
             with torch.no_grad(), engine.autocast():  # not while others act
                 for images_BCHW in spell:
                     if len(images_BCHW) == 1 and seen:
@@ -132,7 +134,6 @@ def adapting_batch_norm(
                     for norm in norms:  # every image weighs the same
                         norm.momentum = len(images_BCHW) / seen
                     backbone(images_BCHW)
-            yield Counting("BatchNorm statistics", min(seen, total), total)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
