@@ -44,11 +44,11 @@ def open_dataset(root: Path, options: DataOptions, *, whole: bool) -> Dataset:
                 f"`--intensity-range {low:g},{high:g}` is no range",
                 hint="write the values that are black and white: `--intensity-range 0,4095`",
             )
-    return _Reading(root, options, whole).dataset()
+    return Reading(root, options, whole).dataset()
 
 
 @dataclass
-class _Reading:
+class Reading:
     """Opening a dataset, step by step; the steps collect problems so that all are told at once."""
 
     root: Path
@@ -58,22 +58,21 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
 
     def dataset(self) -> Dataset:
-        self.listing = self._list()
-        self._relabel()
+        self.list_files()
         images, hashes, headers = self._read_headers()
         channels = self._common_channels(headers)
         self._tell_frames(images, headers)
         if not self.whole:
             self._check_classes(images)
             self._check_labels(images, hashes)
-        images = self._group(self._by_patient(images, headers))
+        images = self.group(self._by_patient(images, headers))
         if self.whole:
             samples = [
                 Sample(image.path, image.label, image.split or "test", sha256, image.group)
                 for image, sha256 in zip(images, hashes, strict=True)
             ]
         else:
-            samples = self._limit(self._split(images, hashes))
+            samples = self._limit(self.split(images, hashes))
             if samples:
                 self._check_splits(samples)
         self._refuse_problems()
@@ -87,6 +86,11 @@ class _Reading:
             options=self.options,
             notes=tuple(self.notes),
         )
+
+    def list_files(self) -> None:
+        """Finds the files, and gives them the classes that are asked for."""
+        self.listing = self._list()
+        self._relabel()
 
     def _list(self) -> Listing:
         options = self.options
@@ -228,7 +232,8 @@ class _Reading:
             noun = count(len(pairs), "image has", "images have")
             self.listing.problems.append(f"{noun} two labels with equal bytes: {shorten(pairs)}")
 
-    def _group(self, images: Sequence[Listed]) -> list[Listed]:
+    def group(self, images: Sequence[Listed]) -> list[Listed]:
+        """Returns the images with their groups."""
         if self.options.group_regex is None:
             return list(images)
         try:
@@ -253,7 +258,8 @@ class _Reading:
         self._refuse_problems()
         return grouped
 
-    def _split(self, images: Sequence[Listed], hashes: Sequence[str]) -> list[Sample]:
+    def split(self, images: Sequence[Listed], hashes: Sequence[str]) -> list[Sample]:
+        """Returns the images with their splits: as given, or made."""
         # A single image is its own group by content, so a copy of it can never be divided.
         groups = [
             image.group if image.group is not None else sha256

@@ -1,0 +1,397 @@
+"""The same picture again: what a picture looks like in few numbers, and which look alike.
+
+Two views of every picture, both of its grey values. The `thumb` is the whole picture at 32 x 32:
+it survives another encoding, size or contrast, and finds a picture that was cropped. The `disc`
+holds the rings of its inscribed circle: a turned or mirrored copy has the same rings, shifted or
+reversed.
+
+Neighbours are looked up in trees over a few principal components of each view; a projection only
+shortens distances, so none is pushed out of reach. What a tree offers is then compared value by
+value, once smooth and once with slow changes taken away: pictures that merely resemble each other
+(digits, radiographs) agree in the first, copies in both.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[Any]  # float32, but for what the FFT gives
+Rows = NDArray[np.int64]
+
+SIDE = 32  # of a thumb
+REDUCED = 96  # what both views are read from
+RINGS, ANGLES = 16, 64
+LOW = 8  # lowest frequencies of each axis of a thumb, by which neighbours are looked up
+COMPONENTS = 8  # of a tree; measured on 20,000 digits: 15 us a look-up, 3 times that with 12
+NEAREST, NEAREST_CROPS = 6, 2  # neighbours compared of each picture, of each crop; assumed
+# Farthest distance of a copy, of unit vectors: measured, 99 % of clothing, X-rays and CIFAR-10
+# re-encoded, cropped by up to 5 % at each side or turned (docs/log.md 2026-11-25).
+REACH_THUMB, REACH_DISC = 0.36, 0.25
+EDGES = (
+    0.0125,
+    0.0375,
+)  # cut from a side when crops are looked up: none is off by more than 1.25 %
+STEPS = (0.0, 0.0125, 0.025, 0.0375, 0.05)  # cut from a side when two pictures are compared
+# Least correlation of a copy (smooth, with slow changes taken away), measured likewise: 19 of 20
+# copies are above, all pairs of different pictures of clothing and CIFAR-10 below.
+LEAST = {"plain": (0.96, 0.965), "cropped": (0.95, 0.98), "turned": (0.92, 0.97)}
+FLAT = 2.0  # grey values of 255: what varies less shows nothing to compare; assumed
+CHUNK = 1024  # pairs compared at once: bounds memory
+FINER = 4  # angles between those of a disc, when two discs are turned over each other
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What many pictures look like.
+
+    Attributes:
+        thumbs: (picture, 32, 32), each stretched to the range 0 to 255.
+        discs: (picture, ring, angle), likewise.
+        flat: Which show nothing: uniform pictures are equal without being copies.
+    """
+
+    thumbs: NDArray[np.uint8]
+    discs: NDArray[np.uint8]
+    flat: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, number: int) -> "Looks":
+        return cls(
+            np.zeros((number, SIDE, SIDE), np.uint8),
+            np.zeros((number, RINGS, ANGLES), np.uint8),
+            np.ones(number, np.bool_),
+        )
+
+    def taken(self, rows: Rows) -> "Looks":
+        return Looks(self.thumbs[rows], self.discs[rows], self.flat[rows])
+
+    def set(self, row: int, pixels: NDArray[Any]) -> None:
+        """Stores how a (height, width, channels) picture looks."""
+        grey = _reduced(pixels)
+        low, high = float(grey.min()), float(grey.max())
+        # A 12-bit picture uses a sixteenth of the range of its 16-bit file.
+        unit = 16 if pixels.dtype == np.uint16 else 1
+        self.flat[row] = grey.std() < FLAT * unit
+        if self.flat[row]:
+            return
+        grey = (grey - low) * np.float32(255 / (high - low))
+        small = _resampling(REDUCED, SIDE)
+        self.thumbs[row] = np.rint(small @ grey @ small.T)
+        self.discs[row] = np.rint(_rings(grey, pixels.shape[0], pixels.shape[1]))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures that are copies of each other: positions, the smaller one first, and how."""
+
+    first: Rows
+    second: Rows
+    how: NDArray[np.str_]
+
+    def __iter__(self) -> Iterator[tuple[int, int, str]]:
+        return zip(self.first.tolist(), self.second.tolist(), self.how.tolist(), strict=True)
+
+
+def near_pairs(looks: Looks, on_progress: Callable[[int, int], None] | None = None) -> Pairs:
+    """Returns near duplicates: re-encoded, resized, cropped by up to 5 %, turned or mirrored.
+
+    Of many copies of one picture each is paired with some of the others, not with all: groups
+    come from joining pairs.
+    """
+    rows = np.flatnonzero(~looks.flat)
+    steps = len(EDGES) ** 4 + 2
+    told = on_progress or (lambda _done, _total: None)
+    found: list[tuple[Rows, Rows, str]] = []
+    if len(rows) < 2:
+        return _joined(found)
+    thumbs = looks.thumbs[rows]
+    tree = _Tree(_low_frequencies(thumbs), REACH_THUMB)
+    found.append((*_verified(_once(tree.pairs(tree.vectors)), thumbs, _plain), "plain"))
+    told(1, steps)
+    cuts = [_resampling(SIDE, SIDE, low, 1 - high) for low, high in product(EDGES, EDGES)]
+    cropped = []
+    for number, (down, across) in enumerate(product(cuts, cuts), start=2):
+        cropped.append(tree.pairs(_low_frequencies(thumbs, down, across), NEAREST_CROPS))
+        told(number, steps)
+    asked = np.unique(np.concatenate(cropped), axis=0)
+    found.append((*_verified(asked, thumbs, _cropped), "cropped"))
+    found.append((*_turned_pairs(looks.discs[rows]), "turned"))
+    found.append((*_bridges(looks.discs[rows], found), "turned"))
+    told(steps, steps)
+    return _joined([(rows[one], rows[other], how) for one, other, how in found])
+
+
+def _turned_pairs(discs: NDArray[np.uint8]) -> tuple[Rows, Rows]:
+    tree = _Tree(_ring_strengths(discs), REACH_DISC)
+    return _verified(_once(tree.pairs(tree.vectors)), discs, _turned)
+
+
+def _bridges(discs: NDArray[np.uint8], found: list[tuple[Rows, Rows, str]]) -> tuple[Rows, Rows]:
+    """Returns pairs between groups so large that all neighbours of a picture may lie in its own."""
+    first, second = (np.concatenate([pairs[side] for pairs in found]) for side in (0, 1))
+    groups = joined_groups(len(discs), first, second)
+    members = np.flatnonzero(np.bincount(groups)[groups] > NEAREST)
+    chosen = members[np.unique(groups[members], return_index=True)[1]]
+    if len(chosen) < 2:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    one, other = _turned_pairs(discs[chosen])
+    return chosen[one], chosen[other]
+
+
+def joined_groups(number: int, first: Rows, second: Rows) -> NDArray[np.int64]:
+    """Returns the group of each of `number` pictures, where pairs belong together."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ones = np.ones(len(first), np.int8)
+    graph = coo_array((ones, (first, second)), shape=(number, number))
+    groups: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
+    return groups
+
+
+def _reduced(pixels: NDArray[Any]) -> Floats:
+    """Returns the grey values at 96 x 96; channels weigh the same, however many there are."""
+    stride = max(1, min(pixels.shape[:2]) // REDUCED)  # what is left is still averaged over
+    seen = pixels[::stride, ::stride]
+    grey = seen[..., 0].astype(np.float32)
+    for channel in range(1, seen.shape[2]):
+        grey += seen[..., channel]
+    grey /= seen.shape[2]
+    height, width = grey.shape
+    reduced: Floats = _resampling(height, REDUCED) @ grey @ _resampling(width, REDUCED).T
+    return reduced
+
+
+@lru_cache(maxsize=512)
+def _resampling(number: int, wanted: int, low: float = 0.0, high: float = 1.0) -> Floats:
+    """Returns the matrix that resamples [low, high] of `number` values, antialiased."""
+    scale = (high - low) * number / wanted
+    centres = low * number + (np.arange(wanted) + 0.5) * scale
+    apart = np.abs(np.arange(number) + 0.5 - centres[:, None])
+    weights = np.maximum(0, 1 - apart / max(scale, 1.0))
+    normed: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return normed
+
+
+def _rings(grey: Floats, height: int, width: int) -> Floats:
+    """Returns the picture along circles round its middle, as large as its shorter side allows."""
+    y, x, y_share, x_share = _ring_places(height, width)
+    above = grey[y, x] * (1 - x_share) + grey[y, x + 1] * x_share
+    below = grey[y + 1, x] * (1 - x_share) + grey[y + 1, x + 1] * x_share
+    rings: Floats = above * (1 - y_share) + below * y_share
+    return rings
+
+
+@lru_cache(maxsize=512)
+def _ring_places(height: int, width: int) -> tuple[Rows, Rows, Floats, Floats]:
+    radius = ((np.arange(RINGS) + 0.5) / RINGS)[:, None] * min(height, width) / 2
+    angle = 2 * np.pi * np.arange(ANGLES) / ANGLES
+    y = (0.5 + radius * np.sin(angle) / height) * REDUCED - 0.5
+    x = (0.5 + radius * np.cos(angle) / width) * REDUCED - 0.5
+    y, x = np.clip(y, 0, REDUCED - 1.001), np.clip(x, 0, REDUCED - 1.001)
+    corner = y.astype(np.int64), x.astype(np.int64)
+    return *corner, (y - corner[0]).astype(np.float32), (x - corner[1]).astype(np.float32)
+
+
+class _Tree:
+    """Unit vectors, found by their principal components."""
+
+    def __init__(self, vectors: Floats, reach: float) -> None:
+        from scipy.spatial import cKDTree
+
+        self.vectors, self.reach = vectors, reach
+        self.mean = vectors.mean(axis=0)
+        centred = vectors - self.mean
+        self.axes = np.linalg.eigh(centred.T @ centred)[1][:, -COMPONENTS:].astype(np.float32)
+        self.tree = cKDTree(centred @ self.axes)
+
+    def pairs(self, queries: Floats, most: int = NEAREST) -> Rows:
+        """Returns (query, neighbour) for the nearest within reach of each row, but for itself."""
+        nearest = min(most + 1, len(self.vectors))
+        points = (queries - self.mean) @ self.axes
+        found = self.tree.query(points, k=nearest, distance_upper_bound=self.reach, workers=-1)[1]
+        asked = np.repeat(np.arange(len(queries)), nearest)
+        pairs = np.stack([asked, found.ravel()], axis=1)
+        pairs = pairs[(pairs[:, 1] < len(self.vectors)) & (pairs[:, 0] != pairs[:, 1])]
+        near = [np.zeros(0, np.bool_)]
+        for start in range(0, len(pairs), 8 * CHUNK):
+            one, other = pairs[start : start + 8 * CHUNK].T
+            apart = np.linalg.norm(queries[one] - self.vectors[other], axis=1)
+            near.append(apart <= self.reach)
+        return pairs[np.concatenate(near)]
+
+
+def _once(pairs: Rows) -> Rows:
+    """Returns each pair once, the smaller position first."""
+    return np.unique(np.sort(pairs, axis=1), axis=0)
+
+
+def _low_frequencies(
+    thumbs: NDArray[np.uint8], down: Floats | None = None, across: Floats | None = None
+) -> Floats:
+    """Returns unit vectors of the lowest frequencies (DCT), of crops where these are given."""
+    waves = _cosines()
+    rows = waves if down is None else waves @ down
+    columns = waves if across is None else waves @ across
+    vectors = np.concatenate(
+        [
+            (rows @ thumbs[start : start + 4096].astype(np.float32) @ columns.T).reshape(-1, LOW**2)
+            for start in range(0, len(thumbs), 4096)
+        ]
+    )
+    return _unit(vectors[:, 1:])  # without the mean: brightness is no content
+
+
+@lru_cache(maxsize=1)
+def _cosines() -> Floats:
+    from scipy.fft import dct
+
+    waves: Floats = dct(np.eye(SIDE), axis=0, norm="ortho")[:LOW].astype(np.float32)
+    return waves
+
+
+def _ring_strengths(discs: NDArray[np.uint8]) -> Floats:
+    """Returns how strong each frequency is along each ring, which no turn and no mirror changes."""
+    parts = []
+    for start in range(0, len(discs), 4096):
+        spectra = np.abs(_spectra(discs[start : start + 4096].astype(np.float32))[..., :LOW])
+        parts.append(spectra.reshape(len(spectra), -1).astype(np.float32))
+    return _unit(np.concatenate(parts))
+
+
+def _spectra(discs: Floats) -> NDArray[Any]:
+    """Returns the frequencies along each ring; outer rings weigh more, as they are longer."""
+    weight = np.sqrt((np.arange(RINGS) + 0.5) / (RINGS**2 / 2) / ANGLES)[:, None].astype(np.float32)
+    mean = (discs * weight**2).sum(axis=(1, 2), keepdims=True)
+    weighted = (discs - mean) * weight
+    size = np.sqrt((weighted**2).sum(axis=(1, 2), keepdims=True))
+    spectra: NDArray[Any] = np.fft.rfft(weighted / np.maximum(size, 1e-6), axis=2)
+    return spectra.astype(np.complex64)
+
+
+def _verified(
+    pairs: Rows,
+    views: NDArray[np.uint8],
+    compare: Callable[[Floats, Floats], NDArray[np.bool_]],
+) -> tuple[Rows, Rows]:
+    kept = [np.zeros((0, 2), np.int64)]
+    for start in range(0, len(pairs), CHUNK):
+        chunk = pairs[start : start + CHUNK]
+        first, second = (views[chunk[:, side]].astype(np.float32) for side in (0, 1))
+        kept.append(chunk[compare(first, second)])
+    found = np.sort(np.concatenate(kept), axis=1)
+    return found[:, 0], found[:, 1]
+
+
+def _plain(first: Floats, second: Floats) -> NDArray[np.bool_]:
+    return _enough(_agreement(first, second), _agreement(_sharp(first), _sharp(second)), "plain")
+
+
+def _cropped(first: Floats, second: Floats) -> NDArray[np.bool_]:
+    """Whether a crop of the first is the second: both axes are fitted in turn, from the middle."""
+    cuts = np.stack([_resampling(SIDE, SIDE, low, 1 - high) for low, high in product(STEPS, STEPS)])
+    first = first - first.mean(axis=(1, 2), keepdims=True)
+    target = _unit(second.reshape(len(second), -1), centre=True).reshape(second.shape)
+    down = cuts[np.full(len(first), len(cuts) // 2)]
+    for _ in range(2):
+        across = _best_cut(cuts, down @ first, target)
+        turned = (first @ across.transpose(0, 2, 1)).transpose(0, 2, 1)
+        down = _best_cut(cuts, turned, target.transpose(0, 2, 1))
+    fitted = down @ first @ across.transpose(0, 2, 1)
+    smooth, sharp = _agreement(fitted, second), _agreement(_sharp(fitted), _sharp(second))
+    return _enough(smooth, sharp, "cropped")
+
+
+def _best_cut(cuts: Floats, views: Floats, targets: Floats) -> Floats:
+    """Returns the cut of the last axis after which each view agrees best with its unit target.
+
+    Scalar products and norms of all cuts come from small products of the view with the target and
+    with itself: 25 cuts cost little more than one.
+    """
+    number = len(views)
+    crossed = (targets.transpose(0, 2, 1) @ views).reshape(number, -1)
+    squared = (views.transpose(0, 2, 1) @ views).reshape(number, -1)
+    products = crossed @ cuts.reshape(len(cuts), -1).T
+    norms = squared @ (cuts.transpose(0, 2, 1) @ cuts).reshape(len(cuts), -1).T
+    sums = views.sum(axis=1) @ cuts.sum(axis=1).T
+    spread = np.sqrt(np.maximum(norms - sums**2 / SIDE**2, 1e-6))
+    best: Floats = cuts[(products / spread).argmax(axis=1)]
+    return best
+
+
+def _turned(first: Floats, second: Floats) -> NDArray[np.bool_]:
+    smooth = _best_turn(_spectra(first), _spectra(second))
+    sharp = _best_turn(_spectra(_sharp_rings(first)), _spectra(_sharp_rings(second)))
+    return _enough(smooth, sharp, "turned")
+
+
+def _best_turn(first: NDArray[Any], second: NDArray[Any]) -> Floats:
+    """Returns the correlation at the best angle, mirrored or not."""
+    best = [
+        FINER * np.fft.irfft((first * other).sum(axis=1), FINER * ANGLES, axis=1).max(axis=1)
+        for other in (second.conj(), second)
+    ]
+    return np.maximum(*best)
+
+
+def _enough(smooth: Floats, sharp: Floats, how: str) -> NDArray[np.bool_]:
+    return (smooth >= LEAST[how][0]) & (sharp >= LEAST[how][1])
+
+
+def _agreement(first: Floats, second: Floats) -> Floats:
+    """Returns the correlation over the last two axes."""
+    one, other = (
+        _unit(view.reshape(*view.shape[:-2], -1), centre=True) for view in (first, second)
+    )
+    correlation: Floats = (one * other).sum(axis=-1)
+    return correlation
+
+
+def _unit(vectors: Floats, *, centre: bool = False) -> Floats:
+    if centre:
+        vectors = vectors - vectors.mean(axis=-1, keepdims=True)
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: Floats = vectors / np.maximum(norms, 1e-6)
+    return unit
+
+
+def _sharp(thumbs: Floats) -> Floats:
+    fine, coarse = _blurs()
+    sharp: Floats = fine @ thumbs @ fine.T - coarse @ thumbs @ coarse.T
+    return sharp
+
+
+@lru_cache(maxsize=1)
+def _blurs() -> tuple[Floats, Floats]:
+    from scipy.ndimage import gaussian_filter1d
+
+    eye = np.eye(SIDE)  # 0.7 px: JPEG blocks and noise; 3 px: what resembling pictures share
+    fine, coarse = (gaussian_filter1d(eye, sigma, axis=0).astype(np.float32) for sigma in (0.7, 3))
+    return fine, coarse
+
+
+def _sharp_rings(discs: Floats) -> Floats:
+    from scipy.ndimage import gaussian_filter1d
+
+    def blurred(rings: float, angles: float) -> Floats:
+        along: Floats = gaussian_filter1d(discs, angles, axis=2, mode="wrap")
+        across: Floats = gaussian_filter1d(along, rings, axis=1)
+        return across
+
+    return blurred(0.6, 1) - blurred(2, 5)  # the first hides how a turned copy was interpolated
+
+
+def _joined(found: list[tuple[Rows, Rows, str]]) -> Pairs:
+    """Returns every pair once, under the first name it was found by."""
+    names: dict[tuple[int, int], str] = {}
+    for first, second, how in found:
+        for pair in zip(first.tolist(), second.tolist(), strict=True):
+            names.setdefault(pair, how)
+    places = np.array(sorted(names), np.int64).reshape(-1, 2)
+    how_found = np.array([names[first, second] for first, second in places.tolist()], np.str_)
+    return Pairs(places[:, 0], places[:, 1], how_found)

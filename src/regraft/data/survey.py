@@ -1,0 +1,184 @@
+"""One pass over every file: its hashes, its form and what it looks like, for `checks`."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.data.dataset import DataOptions
+from regraft.data.decode import (
+    Header,
+    UnreadableImage,
+    map_in_threads,
+    read_content,
+    read_header,
+    read_pixels,
+)
+from regraft.data.duplicates import Looks
+from regraft.data.listing import Listed
+from regraft.data.opening import Reading
+from regraft.errors import DataError
+
+# First bytes of the formats, so that a wrong suffix does not hide what a file is.
+SIGNS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"RIFF": "WEBP",
+    b"BM": "BMP",
+    b"II": "TIFF",
+    b"MM": "TIFF",
+    b"GIF8": "GIF",
+    b"\x93NUMPY": "NPY",
+}
+OnRead = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Picture:
+    """One file that could be read.
+
+    Attributes:
+        place: Of its dataset among those surveyed.
+        content: Hash of the bytes; `pixels`: hash of what they decode to.
+        border: Mean of the outermost pixels, of 1.
+        brightness: Mean of all pixels, of 1.
+    """
+
+    place: int
+    path: str
+    label: str
+    split: str
+    group: str | None
+    content: bytes
+    pixels: bytes
+    size: tuple[int, int]
+    channels: int
+    bit_depth: int
+    format: str
+    brightness: float
+    border: float
+
+
+@dataclass
+class Survey:
+    """What was read of several datasets, and what could not be read.
+
+    Attributes:
+        pictures: All of them, dataset after dataset; `looks` holds theirs, in this order.
+        unreadable: (dataset, path, sha256 or nothing, reason).
+        problems: Of each dataset: what is wrong with its folders or its CSV.
+        excluded: Of each dataset: files that are no images, with the reason.
+        is_split: Of each dataset: whether the folder or the CSV says where each image belongs.
+    """
+
+    roots: list[Path]
+    options: list[DataOptions]
+    pictures: list[Picture] = field(default_factory=list)
+    looks: Looks = field(default_factory=lambda: Looks.empty(0))
+    unreadable: list[tuple[int, str, str, str]] = field(default_factory=list)
+    problems: list[list[str]] = field(default_factory=list)
+    excluded: list[list[tuple[str, str]]] = field(default_factory=list)
+    is_split: list[bool] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls, roots: Sequence[Path], options: Sequence[DataOptions], on_read: OnRead | None = None
+    ) -> "Survey":
+        """Reads and decodes every file once, on all cores.
+
+        Raises:
+            DataError: A folder is missing, or holds no class folders.
+            UsageError: An option does not fit.
+        """
+        survey = cls(list(roots), list(options))
+        readings = [
+            Reading(root, chosen, False) for root, chosen in zip(roots, options, strict=True)
+        ]
+        for reading in readings:
+            reading.list_files()
+        total = sum(len(reading.listing.images) for reading in readings)
+        survey.looks = Looks.empty(total)
+        for place, reading in enumerate(readings):
+            survey._add(place, reading, total, on_read or (lambda _done, _total: None))
+        rows = np.array([picture[0] for picture in survey._rows], np.int64)
+        survey.pictures = [picture for _, picture in survey._rows]
+        survey.looks = survey.looks if len(rows) == total else survey.looks.taken(rows)
+        return survey
+
+    def __post_init__(self) -> None:
+        self._rows: list[tuple[int, Picture]] = []
+        self._seen = 0
+
+    def _add(self, place: int, reading: Reading, total: int, on_read: OnRead) -> None:
+        begin = self._seen
+
+        def read(row: int) -> Picture | tuple[str, UnreadableImage]:
+            return _read(reading, place, row, self.looks, begin + row)
+
+        images: list[Listed] = []
+        found: list[tuple[int, Picture]] = []
+        for row, one in enumerate(map_in_threads(read, range(len(reading.listing.images)))):
+            self._seen += 1
+            on_read(self._seen, total)
+            if isinstance(one, Picture):
+                images.append(reading.listing.images[row])
+                found.append((begin + row, one))
+            else:
+                path = reading.listing.images[row].path
+                self.unreadable.append((place, path, one[0], str(one[1])))
+        try:
+            grouped = reading.group(images)
+        except DataError:  # told among the problems; the images have no groups then
+            grouped = images
+        problems = list(reading.listing.problems)  # before too few images to split are one of them
+        samples = reading.split(grouped, [picture.content.hex() for _, picture in found])
+        for (_, picture), sample in zip(found, samples, strict=True):
+            picture.split, picture.group = sample.split, sample.group
+        self._rows += found
+        self.problems.append(problems)
+        self.excluded.append(list(reading.listing.excluded))
+        self.is_split.append(any(image.split for image in images))
+
+
+def _read(
+    reading: Reading, place: int, row: int, looks: Looks, look_row: int
+) -> Picture | tuple[str, UnreadableImage]:
+    image, sha256 = reading.listing.images[row], ""
+    try:
+        content = read_content(reading.root, image.path)
+        raw = content if isinstance(content, bytes) else content.tobytes()
+        digest = hashlib.sha256(raw).digest()
+        sha256 = digest.hex()
+        header = read_header(content, image.path)
+        pixels = read_pixels(content, image.path, size=header.size, channels=header.channels)
+    except UnreadableImage as error:
+        return sha256, error
+    looks.set(look_row, pixels)
+    start = content[:8] if isinstance(content, bytes) else b""
+    return _described(image, place, header, pixels, start, digest)
+
+
+def _described(
+    image: Listed, place: int, header: Header, pixels: NDArray[Any], start: bytes, digest: bytes
+) -> Picture:
+    largest = float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else 1.0
+    edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
+    return Picture(
+        place,
+        image.path,
+        image.label,
+        image.split or "train",
+        image.group,
+        digest,
+        hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()[:16],
+        (pixels.shape[0], pixels.shape[1]),
+        header.channels,
+        header.bit_depth,
+        next((name for sign, name in SIGNS.items() if start.startswith(sign)), "other"),
+        float(pixels[::4, ::4].mean()) / largest,
+        float(np.mean([edge.mean() for edge in edges])) / largest,
+    )
