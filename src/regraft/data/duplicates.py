@@ -150,8 +150,7 @@ def joined_groups(number: int, first: Rows, second: Rows) -> NDArray[np.int64]:
 
     ones = np.ones(len(first), np.int8)
     graph = coo_array((ones, (first, second)), shape=(number, number))
-    groups: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
-    return groups
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 
 
 def _reduced(pixels: NDArray[Any]) -> Floats:
@@ -336,7 +335,7 @@ def _best_turn(first: NDArray[Any], second: NDArray[Any]) -> Floats:
         FINER * np.fft.irfft((first * other).sum(axis=1), FINER * ANGLES, axis=1).max(axis=1)
         for other in (second.conj(), second)
     ]
-    return np.maximum(*best)
+    return np.asarray(np.maximum(*best))
 
 
 def _enough(smooth: Floats, sharp: Floats, how: str) -> NDArray[np.bool_]:
