@@ -26,7 +26,8 @@ ROWS = [
 ]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 COMMANDS = {
-    f"commands/{name}.py" for name in ("arguments", "foreign", "training", "models", "serving")
+    f"commands/{name}.py"
+    for name in ("arguments", "check", "foreign", "models", "serving", "training")
 }
 DOORS = {
     "timm": {"models/backbone.py"},

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import foreign, models, serving, training
+from regraft.commands import check, foreign, models, serving, training
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
 from regraft.terminal import print_error, speaks, tell
 
@@ -24,6 +24,7 @@ app = App(
 )
 for command in (
     training.demo,
+    check.check,
     training.pretrain,
     training.finetune,
     training.compare,
@@ -35,7 +36,7 @@ for command in (
 ):
     app.command(command)
 app.command(foreign.import_, name="import")
-ALONE = ("demo", "import", "predict", "recipe", "report", "serve")  # commands of one process
+ALONE = ("check", "demo", "import", "predict", "recipe", "report", "serve")  # of one process
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

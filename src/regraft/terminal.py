@@ -90,6 +90,38 @@ def print_evaluation(document: dict[str, Any]) -> None:
         print(f"{row['class']:<24} {row['n']:>6}  {shown[0]:<9}  {shown[1]}   {shown[2]}")
 
 
+def print_findings(checked: Any) -> None:
+    """Prints a table of findings, the worst first, with what to do about each."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    colours = {"error": "red", "warning": "yellow", "note": "blue"}
+    for root, number in zip(checked.roots, checked.num_images, strict=True):
+        print(f"{_visible(str(root))}: {count(number, 'image')}")
+    table = Table(box=None, pad_edge=False, show_header=bool(checked.findings))
+    for name in ("severity", "code", "count", "what was found, and what to do"):
+        table.add_column(name, justify="right" if name == "count" else "left")
+    for finding in checked.findings:
+        severity = Text("allowed" if finding.allowed else finding.severity)
+        severity.stylize(colours[finding.severity])
+        lines = [finding.told, *finding.examples[:3], f"hint: {finding.advice}"]
+        told = Text("\n  ".join(map(_visible, lines)))
+        table.add_row(severity, finding.code, f"{finding.count:,}", told)
+    console.print(table)
+    numbers = [
+        count(sum(one.severity == kind and not one.allowed for one in checked.findings), kind)
+        for kind in ("error", "warning", "note")
+    ]
+    print(f"\n{', '.join(numbers)}")
+
+
+def _visible(text: str) -> str:
+    """Returns text in which control characters are spelled: names may not move the cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_json(document: Any) -> None:
     print(json.dumps(document, allow_nan=False, indent=2))
 
@@ -135,16 +167,22 @@ class Teller:
         self.spoke = time.monotonic()
 
     def __call__(self, record: Any) -> None:
-        from regraft.progress import Counting, Note, duration
-        from regraft.training.auto import Trial
-        from regraft.training.loop import Epoch, Step
-        from regraft.training.plan import Plan
+        from regraft.progress import Counting, Note
 
         if isinstance(record, Note):
             self.console.print(record.text, markup=False)
         elif isinstance(record, Counting):
             self._advance(record.what, record.done, record.total, f"{record.done}/{record.total}")
-        elif isinstance(record, Step):
+        else:
+            self._show_training(record)
+
+    def _show_training(self, record: Any) -> None:
+        from regraft.progress import duration
+        from regraft.training.auto import Trial  # torch: not for commands that only look
+        from regraft.training.loop import Epoch, Step
+        from regraft.training.plan import Plan
+
+        if isinstance(record, Step):
             told = (
                 f"loss {record.loss:.3f}  {record.images_per_s:.0f} images/s  "
                 f"{duration(record.left_s)} left"

@@ -19,6 +19,7 @@ from regraft.data.split import SPLITS
 from regraft.data.survey import Picture, Survey
 from regraft.data.traits import trait_findings
 from regraft.errors import count
+from regraft.progress import Counting, quiet
 
 SCHEMA = 1
 MANY_COPIES = 4  # of one picture: fewer are strays, not augmentation; assumed
@@ -89,6 +90,30 @@ def check(
     found.sort(key=lambda one: (ERROR, WARNING, NOTE).index(one.severity))
     numbers = Counter(one.place for one in survey.pictures)
     return Checked(tuple(roots), tuple(numbers[p] for p in range(len(roots))), tuple(found))
+
+
+def check_data(
+    data: Sequence[Path],
+    options: DataOptions,
+    *,
+    start: Path | None = None,
+    on_progress: Callable[[Any], None] = quiet,
+) -> Checked:
+    """Returns the findings of datasets that are read alike; see `check`.
+
+    Args:
+        data: The folders.
+        options: How each is read.
+        start: A Run whose weights are to be carried over.
+        on_progress: Told `Counting` records.
+    """
+    if start is not None:
+        raise NotImplementedError
+    return check(
+        data,
+        [options] * len(data),
+        lambda what, done, total: on_progress(Counting(what, done, total)),
+    )
 
 
 def _reading_findings(survey: Survey) -> Iterator[Finding]:

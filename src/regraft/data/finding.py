@@ -59,7 +59,7 @@ class Finding:
             "code": self.code,
             "severity": self.severity,
             "count": self.count,
-            "told": self.told,
+            "message": self.told,
             "advice": self.advice,
             "allowed": self.allowed,
             "examples": list(self.examples[:MOST_EXAMPLES]),

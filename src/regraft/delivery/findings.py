@@ -6,15 +6,15 @@ link to a place on disk.
 
 import base64
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from regraft.data.checks import Checked
 from regraft.data.decode import UnreadableImage, encode_png, read_content, read_header, read_pixels
 from regraft.data.finding import FileRef, Finding
-from regraft.delivery.report import readable, refuse_other_page
-from regraft.storage import write_text
+from regraft.delivery.pages import rendered
+from regraft.delivery.report import refuse_other_page
+from regraft.storage import make_folder, write_listed
 
 MOST_SHOWN = 12  # pairs or single pictures of a finding; assumed
 THUMBNAIL_PX = 112
@@ -26,24 +26,16 @@ def write_findings(checked: Checked, out: Path) -> Path:
     Raises:
         UsageError: `out` is something else than a page.
     """
-    from jinja2 import Environment, StrictUndefined
-
     refuse_other_page(out)
-    environment = Environment(
-        autoescape=True,
-        finalize=lambda value: readable(value) if isinstance(value, str) else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    source = files("regraft.delivery").joinpath("findings.html.jinja").read_text(encoding="utf-8")
     names = [root.resolve().name for root in checked.roots]
-    page = environment.from_string(source).render(
+    page = rendered(
+        "findings.html.jinja",
+        ("style.css", "findings.css"),
         data=list(zip(names, checked.num_images, strict=True)),
         findings=[_section(checked.roots, finding) for finding in checked.findings],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page.strip() + "\n")
+    make_folder(out.parent)
+    write_listed(out, page.encode("utf-8", "surrogateescape"))
     return out
 
 

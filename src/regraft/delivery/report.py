@@ -50,15 +50,24 @@ def write_report(folders: list[Path], out: Path) -> Path:
         ArtefactError: A folder is neither a Run nor a comparison, or lacks what the page shows.
         UsageError: `out` is something else than a page.
     """
+    refuse_other_page(out)
+    page = _rendered(folders)
+    make_folder(out.parent)
+    write_listed(out, page.encode("utf-8", "surrogateescape"))
+    return out
+
+
+def refuse_other_page(out: Path) -> None:
+    """Refuses to replace anything but a page.
+
+    Raises:
+        UsageError: `out` is there, and none.
+    """
     if out.is_dir() or (out.exists() and out.suffix not in (".html", ".htm")):
         raise UsageError(
             f"`{out}` exists already and is no HTML page",
             hint="choose an `--out` ending in `.html`",
         )
-    page = _rendered(folders)
-    make_folder(out.parent)
-    write_listed(out, page.encode("utf-8", "surrogateescape"))
-    return out
 
 
 def _rendered(folders: Sequence[Path]) -> str:
