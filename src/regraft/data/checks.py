@@ -84,7 +84,10 @@ def check(
             if one.place == place
         ]
         found += _group_findings(pictures)
-        found += trait_findings(pictures, flat, is_split=survey.is_split[place])
+        is_scaled = options[place].intensity_range is not None
+        found += trait_findings(
+            pictures, flat, is_split=survey.is_split[place], is_scaled=is_scaled
+        )
     allowed = {code for chosen in options for code in chosen.allow}
     found = [replace(one, allowed=one.code in allowed) for one in found]
     found.sort(key=lambda one: (ERROR, WARNING, NOTE).index(one.severity))

@@ -75,9 +75,9 @@ class Looks:
         """Stores how a (height, width, channels) picture looks."""
         grey = _reduced(pixels)
         low, high = float(grey.min()), float(grey.max())
-        # A 12-bit picture uses a sixteenth of the range of its 16-bit file.
-        unit = 16 if pixels.dtype == np.uint16 else 1
-        self.flat[row] = grey.std() < FLAT * unit
+        # A 12-bit picture uses a sixteenth of its file's range; others have a range of their own.
+        unit = {"uint8": 1, "uint16": 16}.get(pixels.dtype.name, 0)
+        self.flat[row] = grey.std() <= FLAT * unit
         if self.flat[row]:
             return
         grey = (grey - low) * np.float32(255 / (high - low))

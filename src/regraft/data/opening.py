@@ -65,7 +65,7 @@ class Reading:
         if not self.whole:
             self._check_classes(images)
             self._check_labels(images, hashes)
-        images = self.group(self._by_patient(images, headers))
+        images = self.group(self.by_patient(images, headers))
         if self.whole:
             samples = [
                 Sample(image.path, image.label, image.split or "test", sha256, image.group)
@@ -183,7 +183,7 @@ class Reading:
         else:
             self.notes.append(f"{told}, the first is read: {shorten(several)}")
 
-    def _by_patient(self, images: Sequence[Listed], headers: Sequence[Header]) -> list[Listed]:
+    def by_patient(self, images: Sequence[Listed], headers: Sequence[Header]) -> list[Listed]:
         """Returns the images with the patients that DICOM files name as groups, if asked for."""
         patients = {header.patient for header in headers} - {None}
         if self.options.group_by is None:

@@ -16,24 +16,14 @@ from regraft.data.decode import (
     map_in_threads,
     read_content,
     read_header,
-    read_pixels,
+    read_whole,
+    sniffed,
 )
 from regraft.data.duplicates import Looks
 from regraft.data.listing import Listed
 from regraft.data.opening import Reading
 from regraft.errors import DataError
 
-# First bytes of the formats, so that a wrong suffix does not hide what a file is.
-SIGNS = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"RIFF": "WEBP",
-    b"BM": "BMP",
-    b"II": "TIFF",
-    b"MM": "TIFF",
-    b"GIF8": "GIF",
-    b"\x93NUMPY": "NPY",
-}
 OnRead = Callable[[int, int], None]
 
 
@@ -57,7 +47,7 @@ class Picture:
     pixels: bytes
     size: tuple[int, int]
     channels: int
-    bit_depth: int
+    pixel_type: str
     format: str
     brightness: float
     border: float
@@ -116,22 +106,25 @@ class Survey:
     def _add(self, place: int, reading: Reading, total: int, on_read: OnRead) -> None:
         begin = self._seen
 
-        def read(row: int) -> Picture | tuple[str, UnreadableImage]:
+        def read(row: int) -> tuple[Picture, Header] | tuple[str, UnreadableImage]:
             return _read(reading, place, row, self.looks, begin + row)
 
         images: list[Listed] = []
+        headers: list[Header] = []
         found: list[tuple[int, Picture]] = []
-        for row, one in enumerate(map_in_threads(read, range(len(reading.listing.images)))):
+        for row, (one, more) in enumerate(map_in_threads(read, range(len(reading.listing.images)))):
             self._seen += 1
             on_read(self._seen, total)
+            image = reading.listing.images[row]
             if isinstance(one, Picture):
-                images.append(reading.listing.images[row])
+                assert isinstance(more, Header)
+                images.append(image)
+                headers.append(more)
                 found.append((begin + row, one))
             else:
-                path = reading.listing.images[row].path
-                self.unreadable.append((place, path, one[0], str(one[1])))
+                self.unreadable.append((place, image.path, one, str(more)))
         try:
-            grouped = reading.group(images)
+            grouped = reading.group(reading.by_patient(images, headers))
         except DataError:  # told among the problems; the images have no groups then
             grouped = images
         problems = list(reading.listing.problems)  # before too few images to split are one of them
@@ -146,24 +139,24 @@ class Survey:
 
 def _read(
     reading: Reading, place: int, row: int, looks: Looks, look_row: int
-) -> Picture | tuple[str, UnreadableImage]:
+) -> tuple[Picture, Header] | tuple[str, UnreadableImage]:
     image, sha256 = reading.listing.images[row], ""
     try:
         content = read_content(reading.root, image.path)
         raw = content if isinstance(content, bytes) else content.tobytes()
         digest = hashlib.sha256(raw).digest()
         sha256 = digest.hex()
-        header = read_header(content, image.path)
-        pixels = read_pixels(content, image.path, size=header.size, channels=header.channels)
+        header = read_header(content)
+        pixels = read_whole(content)
     except UnreadableImage as error:
         return sha256, error
     looks.set(look_row, pixels)
-    start = content[:8] if isinstance(content, bytes) else b""
-    return _described(image, place, header, pixels, start, digest)
+    form = sniffed(content) if isinstance(content, bytes) else "IDX"
+    return _described(image, place, pixels, form, digest), header
 
 
 def _described(
-    image: Listed, place: int, header: Header, pixels: NDArray[Any], start: bytes, digest: bytes
+    image: Listed, place: int, pixels: NDArray[Any], form: str, digest: bytes
 ) -> Picture:
     largest = float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else 1.0
     edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
@@ -176,9 +169,9 @@ def _described(
         digest,
         hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()[:16],
         (pixels.shape[0], pixels.shape[1]),
-        header.channels,
-        header.bit_depth,
-        next((name for sign, name in SIGNS.items() if start.startswith(sign)), "other"),
+        pixels.shape[2],
+        pixels.dtype.name,
+        form,
         float(pixels[::4, ::4].mean()) / largest,
         float(np.mean([edge.mean() for edge in edges])) / largest,
     )

@@ -7,6 +7,7 @@ class without looking at the picture: a network learns it first, and fails elsew
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ OUTLIER = 8.0  # robust standard deviations of brightness; assumed, 0 of the sha
 
 
 def trait_findings(
-    pictures: Sequence[Picture], flat: Sequence[bool], *, is_split: bool
+    pictures: Sequence[Picture], flat: Sequence[bool], *, is_split: bool, is_scaled: bool
 ) -> list[Finding]:
     """Returns the findings about one dataset's classes and images.
 
@@ -36,10 +37,11 @@ def trait_findings(
         pictures: Of one dataset.
         flat: Which of them show nothing.
         is_split: Whether folder or CSV gives the splits.
+        is_scaled: Whether the user says which values are black and white.
     """
     return [
         *_class_findings(pictures, is_split),
-        *_form_findings(pictures),
+        *_form_findings(pictures, is_scaled=is_scaled),
         *_size_findings(pictures),
         *_intensity_findings(pictures, flat),
         *_shortcuts(pictures),
@@ -95,23 +97,23 @@ def _class_findings(pictures: Sequence[Picture], is_split: bool) -> Iterator[Fin
         )
 
 
-def _form_findings(pictures: Sequence[Picture]) -> Iterator[Finding]:
-    depths = Counter(one.bit_depth for one in pictures)
+def _form_findings(pictures: Sequence[Picture], *, is_scaled: bool) -> Iterator[Finding]:
+    depths = Counter(one.pixel_type for one in pictures)
     channels = Counter(one.channels for one in pictures)
-    if len(depths) > 1:
+    if len(depths) > 1 and not is_scaled:
         rare = min(depths, key=depths.__getitem__)
         yield _of(
-            [one for one in pictures if one.bit_depth == rare],
+            [one for one in pictures if one.pixel_type == rare],
             "mixed-depth",
             ERROR,
-            f"bits per channel differ: {_tally(depths)}",
-            "store all images with the same depth: their ranges are not comparable",
+            f"types of pixels differ: {_tally(depths)}",
+            "say which values are black and white: `--intensity-range LOW,HIGH`",
         )
     if len(channels) > 1:
-        rare = min(channels, key=channels.__getitem__)
+        fewest = min(channels, key=channels.__getitem__)
         is_grey = set(channels) == {1, 3}
         yield _of(
-            [one for one in pictures if one.channels == rare],
+            [one for one in pictures if one.channels == fewest],
             "mixed-channels",
             NOTE if is_grey else ERROR,
             f"channels differ: {_tally(channels)}",
@@ -209,9 +211,10 @@ def _shortcuts(pictures: Sequence[Picture]) -> Iterator[Finding]:
 
 def _traits(pictures: Sequence[Picture]) -> dict[str, NDArray[np.float64]]:
     formats = sorted({one.format for one in pictures})
+    kinds = sorted({one.pixel_type for one in pictures})
     columns = {
         "the file format": [[formats.index(one.format)] for one in pictures],
-        "the pixel mode": [[one.channels, one.bit_depth] for one in pictures],
+        "the pixel mode": [[one.channels, kinds.index(one.pixel_type)] for one in pictures],
         "the image size": [[*one.size, one.size[0] / one.size[1]] for one in pictures],
         "the brightness of the border": [[one.border] for one in pictures],
     }
@@ -227,7 +230,7 @@ def _shares(pictures: Sequence[Picture], trait: str) -> Iterator[str]:
             continue
         kinds = {
             "the file format": [one.format for one in own],
-            "the pixel mode": [f"{one.channels} x {one.bit_depth} bits" for one in own],
+            "the pixel mode": [f"{one.channels} x {one.pixel_type}" for one in own],
             "the image size": [f"{one.size[0]} x {one.size[1]} px" for one in own],
         }[trait]
         kind, number = Counter(kinds).most_common(1)[0]
@@ -247,5 +250,5 @@ def _of(
     return Finding(code, severity, len(pictures), told, advice, lines, files)
 
 
-def _tally(counts: Counter[int]) -> str:
+def _tally(counts: Counter[Any]) -> str:
     return ", ".join(f"{value} ({count(number, 'image')})" for value, number in counts.items())

@@ -59,10 +59,10 @@ def _thumbnail(root: Path, path: str) -> str | None:
     """Returns a data URL; None where the file cannot be decoded."""
     try:
         content = read_content(root, path)
-        header = read_header(content, path)
+        header = read_header(content)
         scale = THUMBNAIL_PX / max(header.size)
         height, width = (max(1, round(side * scale)) for side in header.size)
-        pixels = read_pixels(content, path, size=(height, width), channels=header.channels)
+        pixels = read_pixels(content, size=(height, width), channels=header.channels)
     except UnreadableImage:
         return None
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode("ascii")
