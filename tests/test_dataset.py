@@ -264,7 +264,7 @@ def test_all_problems_of_a_folder_are_told_at_once(make_folder: MakeFolder) -> N
 def test_an_unknown_finding_cannot_be_allowed(make_folder: MakeFolder) -> None:
     with pytest.raises(UsageError, match="`--allow` does not know `everything`") as caught:
         Dataset.open(make_folder(TWO), DataOptions(allow=("everything",)))
-    assert caught.value.hint == "it takes `unreadable`, `leak`"
+    assert caught.value.hint == "it takes `unreadable`, `leak`, `two-labels` and 2 more"
 
 
 @pytest.mark.parametrize(

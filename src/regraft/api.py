@@ -98,11 +98,10 @@ def finetune(
     """
     recipe = _fitting(recipe or Recipe.transfer(), "transfer")
     begun = _started(start, arch, adapt, on_progress)
-    dataset = _opened(data, Path(out))
-    begun.refuse_leak(dataset)
+    dataset = begun.unseen(_opened(data, Path(out)))
     backbone, moves = begun.backbone(begun.inputs(recipe, dataset), recipe.seed)
-    session = Session.prepare(dataset, backbone.inputs, engine or Engine(), on_progress)
-    session = session.pooled(recipe)
+    told = engine or Engine(), on_progress, begun.known
+    session = Session.prepare(dataset, backbone.inputs, *told).pooled(recipe)
     backbone.inputs = session.inputs
     recipe = session.resolved(recipe, backbone)
     record = begun.record(moves, session.dataset)
@@ -158,10 +157,10 @@ def compare(
     if seeds < LEAST_SEEDS:
         on_progress(Note(f"note: fewer than {LEAST_SEEDS} seeds never give a verdict"))
     begun = _started(start, arch, adapt, on_progress)
-    dataset = _opened(data, out)
-    begun.refuse_leak(dataset)
+    dataset = begun.unseen(_opened(data, out))
     inputs = begun.inputs(recipe, dataset)
-    session = Session.prepare(dataset, inputs, engine or Engine(), on_progress).pooled(recipe)
+    told = engine or Engine(), on_progress, begun.known
+    session = Session.prepare(dataset, inputs, *told).pooled(recipe)
     arms = Arms(session, begun, recipe, out, metric)
     with writing(out, here=session.engine.is_main):
         for seed in range(recipe.seed, recipe.seed + seeds):

@@ -187,6 +187,11 @@ class Run:
             seen[sample["sha256"]] = max(before, sample["split"], key=rank.__getitem__)
         return seen
 
+    def hashes(self) -> dict[str, str]:
+        """Content hash to perceptual hash, of the same images where it is known."""
+        lines = (*self.samples(), *self._lines("lineage.jsonl"))
+        return {one["sha256"]: one["phash"] for one in lines if one.get("phash")}
+
     def _lines(self, name: str) -> list[dict[str, Any]]:
         # Without its record of images a Run would take any image for an unseen one.
         if not (self.folder / name).is_file():

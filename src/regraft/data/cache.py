@@ -22,6 +22,7 @@ from regraft.data.decode import (
     read_whole,
     with_channels,
 )
+from regraft.data.looks import HASH_SIDE, perceptual_hash
 from regraft.data.pictures import resized
 from regraft.disk import create_array
 from regraft.errors import ArtefactError, UsageError
@@ -38,6 +39,8 @@ from regraft.storage import (
     write_json,
 )
 
+DIGEST_BYTES = 16  # of a SHA-256: two of 200,000 images agree by chance once in 1e28
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -49,12 +52,16 @@ class Cache:
         is_grey: All channels of all images are equal (grey content, however it was stored).
         key: Names contents and decode rule.
         ends: The smallest and largest value of each image before it was resized.
+        digests: Hash of each image's pixels, 16 bytes.
+        hashes: Perceptual hash of each image (`looks.perceptual_hash`).
     """
 
     images: NDArray[Any]
     is_grey: bool
     key: str
     ends: NDArray[np.float64]
+    digests: NDArray[np.uint8]
+    hashes: NDArray[np.int8]
 
     @classmethod
     def build(
@@ -146,14 +153,15 @@ def _load(folder: Path) -> Cache | None:
         images = np.load(folder / "images.npy", mmap_mode="r")
         ends = np.load(folder / "ends.npy")
         is_grey = bool(read_json(folder / "cache.json")["is_grey"])
-        return Cache(images, is_grey, folder.name, ends)
+        digests, hashes = np.load(folder / "digests.npy"), np.load(folder / "hashes.npy")
+        return Cache(images, is_grey, folder.name, ends, digests, hashes)
     except (OSError, ValueError, KeyError, TypeError, ArtefactError):
         return None
 
 
 def _key(dataset: Dataset, size: tuple[int, int], channels: int) -> str:
     contents = [sample.sha256 for sample in dataset.samples]
-    return sha256_of([2, DECODER, list(size), channels, dataset.pixel_type, contents])
+    return sha256_of([3, DECODER, list(size), channels, dataset.pixel_type, contents])
 
 
 class _BrokenImages(Exception):
@@ -177,7 +185,10 @@ def _fill(
             dtype=np.dtype(dataset.pixel_type),
             shape=(len(dataset.samples), *size, channels),
         )
-        ends = create_array(temporary / "ends.npy", np.float64, (len(dataset.samples), 2))
+        number = len(dataset.samples)
+        ends = create_array(temporary / "ends.npy", np.float64, (number, 2))
+        digests = create_array(temporary / "digests.npy", np.uint8, (number, DIGEST_BYTES))
+        hashes = create_array(temporary / "hashes.npy", np.int8, (number, HASH_SIDE**2 - 1))
 
         def decode(row: int) -> bool | UnreadableImage:
             """Stores an image, and returns whether it is grey; threads work side by side."""
@@ -192,6 +203,9 @@ def _fill(
             except UnreadableImage as error:
                 return error
             images[row] = pixels
+            digest = hashlib.sha256(pixels.tobytes()).digest()[:DIGEST_BYTES]
+            digests[row] = np.frombuffer(digest, np.uint8)
+            hashes[row] = perceptual_hash(pixels)
             ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
             return bool((pixels == pixels[..., :1]).all())
 
@@ -205,5 +219,6 @@ def _fill(
         if broken:
             raise _BrokenImages(broken)  # nothing incomplete is committed under the key
         images.flush()
-        ends.flush()
+        for array in (ends, digests, hashes):
+            array.flush()
         write_json(temporary / "cache.json", {"schema": 1, "is_grey": is_grey})

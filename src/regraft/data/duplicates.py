@@ -1,14 +1,9 @@
-"""The same picture again: what a picture looks like in few numbers, and which look alike.
+"""The same picture again: which pictures are altered copies of each other.
 
-Two views of every picture, both of its grey values. The `thumb` is the whole picture at 32 x 32:
-it survives another encoding, size or contrast, and finds a picture that was cropped. The `disc`
-holds the rings of its inscribed circle: a turned or mirrored copy has the same rings, shifted or
-reversed.
-
-Neighbours are looked up in trees over a few principal components of each view; a projection only
-shortens distances, so none is pushed out of reach. What a tree offers is then compared value by
-value, once smooth and once with slow changes taken away: pictures that merely resemble each other
-(digits, radiographs) agree in the first, copies in both.
+Neighbours are looked up in trees over a few principal components of what pictures look like; a
+projection only shortens distances, so none is pushed out of reach. What a tree offers is then
+compared value by value, once smooth and once with slow changes taken away: pictures that merely
+resemble each other (digits, radiographs) agree in the first, copies in both.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,19 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[Any]  # float32, but for what the FFT gives
-Rows = NDArray[np.int64]
+from regraft.data.looks import (
+    ANGLES,
+    RINGS,
+    SIDE,
+    Floats,
+    Looks,
+    Rows,
+    cosines,
+    orientations,
+    resampling,
+)
 
-SIDE = 32  # of a thumb
-REDUCED = 96  # what both views are read from
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, by which Pillow makes grey pictures
-RINGS, ANGLES = 16, 64
 LOW = 8  # lowest frequencies of each axis of a thumb, by which neighbours are looked up
 COMPONENTS = 8  # of a tree; measured on 20,000 digits: 15 us a look-up, 3 times that with 12
 NEAREST, NEAREST_CROPS = 6, 2  # neighbours compared of each picture, of each crop; assumed
 # Farthest distance of a copy, of unit vectors: measured, 99 % of clothing, X-rays and CIFAR-10
 # re-encoded, cropped by up to 5 % at each side or turned (docs/log.md 2026-11-25).
 REACH_THUMB, REACH_DISC = 0.36, 0.25
+REACH_HASH = 0.2  # correlation 0.98: 95 % of the copies are above, 99 % of Fashion-MNIST below
 EDGES = (
     0.0125,
     0.0375,
@@ -41,49 +42,8 @@ STEPS = (0.0, 0.0125, 0.025, 0.0375, 0.05)  # cut from a side when two pictures 
 # Least correlation of a copy (smooth, with slow changes taken away), measured likewise: 19 of 20
 # copies are above, all pairs of different pictures of clothing and CIFAR-10 below.
 LEAST = {"plain": (0.96, 0.965), "cropped": (0.95, 0.98), "turned": (0.92, 0.97)}
-FLAT = 2.0  # grey values of 255: what varies less shows nothing to compare; assumed
 CHUNK = 1024  # pairs compared at once: bounds memory
 FINER = 4  # angles between those of a disc, when two discs are turned over each other
-
-
-@dataclass(frozen=True)
-class Looks:
-    """What many pictures look like.
-
-    Attributes:
-        thumbs: (picture, 32, 32), each stretched to the range 0 to 255.
-        discs: (picture, ring, angle), likewise.
-        flat: Which show nothing: uniform pictures are equal without being copies.
-    """
-
-    thumbs: NDArray[np.uint8]
-    discs: NDArray[np.uint8]
-    flat: NDArray[np.bool_]
-
-    @classmethod
-    def empty(cls, number: int) -> "Looks":
-        return cls(
-            np.zeros((number, SIDE, SIDE), np.uint8),
-            np.zeros((number, RINGS, ANGLES), np.uint8),
-            np.ones(number, np.bool_),
-        )
-
-    def taken(self, rows: Rows) -> "Looks":
-        return Looks(self.thumbs[rows], self.discs[rows], self.flat[rows])
-
-    def set(self, row: int, pixels: NDArray[Any]) -> None:
-        """Stores how a (height, width, channels) picture looks."""
-        grey = _reduced(pixels)
-        low, high = float(grey.min()), float(grey.max())
-        # A 12-bit picture uses a sixteenth of its file's range; others have a range of their own.
-        unit = {"uint8": 1, "uint16": 16}.get(pixels.dtype.name, 0)
-        self.flat[row] = grey.std() <= FLAT * unit
-        if self.flat[row]:
-            return
-        grey = (grey - low) * np.float32(255 / (high - low))
-        small = _resampling(REDUCED, SIDE)
-        self.thumbs[row] = np.rint(small @ grey @ small.T)
-        self.discs[row] = np.rint(_rings(grey, pixels.shape[0], pixels.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -114,12 +74,13 @@ def near_pairs(looks: Looks, on_progress: Callable[[int, int], None] | None = No
     tree = _Tree(_low_frequencies(thumbs), REACH_THUMB)
     found.append((*_verified(_once(tree.pairs(tree.vectors)), thumbs, _plain), "plain"))
     told(1, steps)
-    cuts = [_resampling(SIDE, SIDE, low, 1 - high) for low, high in product(EDGES, EDGES)]
+    cuts = [resampling(SIDE, SIDE, low, 1 - high) for low, high in product(EDGES, EDGES)]
     cropped = []
     for number, (down, across) in enumerate(product(cuts, cuts), start=2):
         cropped.append(tree.pairs(_low_frequencies(thumbs, down, across), NEAREST_CROPS))
         told(number, steps)
     asked = np.unique(np.concatenate(cropped), axis=0)
+    asked = asked[asked[:, 0] != asked[:, 1]]
     found.append((*_verified(asked, thumbs, _cropped), "cropped"))
     found.append((*_turned_pairs(looks.discs[rows]), "turned"))
     found.append((*_bridges(looks.discs[rows], found), "turned"))
@@ -154,49 +115,23 @@ def joined_groups(number: int, first: Rows, second: Rows) -> NDArray[np.int64]:
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 
 
-def _reduced(pixels: NDArray[Any]) -> Floats:
-    """Returns the grey values at 96 x 96; bands that are not RGB weigh the same."""
-    stride = max(1, min(pixels.shape[:2]) // REDUCED)  # what is left is still averaged over
-    seen = pixels[::stride, ::stride]
-    channels = seen.shape[2]
-    weights = LUMA if channels == 3 else (1 / channels,) * channels
-    grey = weights[0] * seen[..., 0].astype(np.float32)
-    for weight, channel in zip(weights[1:], range(1, channels), strict=True):
-        grey += np.float32(weight) * seen[..., channel]
-    height, width = grey.shape
-    reduced: Floats = _resampling(height, REDUCED) @ grey @ _resampling(width, REDUCED).T
-    return reduced
+def near_hashes(hashes: NDArray[np.int8], asked: Rows) -> Pairs:
+    """Returns the pairs of near duplicates of the asked rows among all, turned and mirrored too.
 
-
-@lru_cache(maxsize=512)
-def _resampling(number: int, wanted: int, low: float = 0.0, high: float = 1.0) -> Floats:
-    """Returns the matrix that resamples [low, high] of `number` values, antialiased."""
-    scale = (high - low) * number / wanted
-    centres = low * number + (np.arange(wanted) + 0.5) * scale
-    apart = np.abs(np.arange(number) + 0.5 - centres[:, None])
-    weights = np.maximum(0, 1 - apart / max(scale, 1.0))
-    normed: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    return normed
-
-
-def _rings(grey: Floats, height: int, width: int) -> Floats:
-    """Returns the picture along circles round its middle, as large as its shorter side allows."""
-    y, x, y_share, x_share = _ring_places(height, width)
-    above = grey[y, x] * (1 - x_share) + grey[y, x + 1] * x_share
-    below = grey[y + 1, x] * (1 - x_share) + grey[y + 1, x + 1] * x_share
-    rings: Floats = above * (1 - y_share) + below * y_share
-    return rings
-
-
-@lru_cache(maxsize=512)
-def _ring_places(height: int, width: int) -> tuple[Rows, Rows, Floats, Floats]:
-    radius = ((np.arange(RINGS) + 0.5) / RINGS)[:, None] * min(height, width) / 2
-    angle = 2 * np.pi * np.arange(ANGLES) / ANGLES
-    y = (0.5 + radius * np.sin(angle) / height) * REDUCED - 0.5
-    x = (0.5 + radius * np.cos(angle) / width) * REDUCED - 0.5
-    y, x = np.clip(y, 0, REDUCED - 1.001), np.clip(x, 0, REDUCED - 1.001)
-    corner = y.astype(np.int64), x.astype(np.int64)
-    return *corner, (y - corner[0]).astype(np.float32), (x - corner[1]).astype(np.float32)
+    Crops and turns by other angles are for `near_pairs`, which has the pictures.
+    """
+    shown = hashes.any(axis=1)
+    known, asked = np.flatnonzero(shown), asked[shown[asked]]
+    if len(known) < 2 or not len(asked):
+        return _joined([])
+    tree = _Tree(_unit(hashes[known].astype(np.float32)), REACH_HASH)
+    found: list[tuple[Rows, Rows, str]] = []
+    for number, vectors in enumerate(orientations(hashes[asked].astype(np.float32))):
+        rows, others = tree.pairs(_unit(vectors)).T
+        first, second = asked[rows], known[others]
+        pairs = _once(np.stack([first, second], axis=1))
+        found.append((pairs[:, 0], pairs[:, 1], "turned" if number else "plain"))
+    return _joined(found)
 
 
 class _Tree:
@@ -212,13 +147,13 @@ class _Tree:
         self.tree = cKDTree(centred @ self.axes)
 
     def pairs(self, queries: Floats, most: int = NEAREST) -> Rows:
-        """Returns (query, neighbour) for the nearest within reach of each row, but for itself."""
+        """Returns (query, neighbour) of the nearest within reach, itself among them."""
         nearest = min(most + 1, len(self.vectors))
         points = (queries - self.mean) @ self.axes
         found = self.tree.query(points, k=nearest, distance_upper_bound=self.reach, workers=-1)[1]
         asked = np.repeat(np.arange(len(queries)), nearest)
         pairs = np.stack([asked, found.ravel()], axis=1)
-        pairs = pairs[(pairs[:, 1] < len(self.vectors)) & (pairs[:, 0] != pairs[:, 1])]
+        pairs = pairs[pairs[:, 1] < len(self.vectors)]
         near = [np.zeros(0, np.bool_)]
         for start in range(0, len(pairs), 8 * CHUNK):
             one, other = pairs[start : start + 8 * CHUNK].T
@@ -229,15 +164,16 @@ class _Tree:
 
 
 def _once(pairs: Rows) -> Rows:
-    """Returns each pair once, the smaller position first."""
-    return np.unique(np.sort(pairs, axis=1), axis=0)
+    """Returns each pair of different rows once, the smaller position first."""
+    apart = np.asarray(pairs[:, 0] != pairs[:, 1])
+    return np.unique(np.sort(pairs[apart], axis=1), axis=0)
 
 
 def _low_frequencies(
     thumbs: NDArray[np.uint8], down: Floats | None = None, across: Floats | None = None
 ) -> Floats:
     """Returns unit vectors of the lowest frequencies (DCT), of crops where these are given."""
-    waves = _cosines()
+    waves = cosines(LOW)
     rows = waves if down is None else waves @ down
     columns = waves if across is None else waves @ across
     vectors = np.concatenate(
@@ -247,14 +183,6 @@ def _low_frequencies(
         ]
     )
     return _unit(vectors[:, 1:])  # without the mean: brightness is no content
-
-
-@lru_cache(maxsize=1)
-def _cosines() -> Floats:
-    from scipy.fft import dct
-
-    waves: Floats = dct(np.eye(SIDE), axis=0, norm="ortho")[:LOW].astype(np.float32)
-    return waves
 
 
 def _ring_strengths(discs: NDArray[np.uint8]) -> Floats:
@@ -296,7 +224,7 @@ def _plain(first: Floats, second: Floats) -> NDArray[np.bool_]:
 
 def _cropped(first: Floats, second: Floats) -> NDArray[np.bool_]:
     """Whether a crop of the first is the second: both axes are fitted in turn, from the middle."""
-    cuts = np.stack([_resampling(SIDE, SIDE, low, 1 - high) for low, high in product(STEPS, STEPS)])
+    cuts = np.stack([resampling(SIDE, SIDE, low, 1 - high) for low, high in product(STEPS, STEPS)])
     first = first - first.mean(axis=(1, 2), keepdims=True)
     target = _unit(second.reshape(len(second), -1), centre=True).reshape(second.shape)
     down = cuts[np.full(len(first), len(cuts) // 2)]

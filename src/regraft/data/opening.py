@@ -16,7 +16,7 @@ from regraft.errors import UsageError, count, shorten
 
 MIN_IMAGES = 5  # assumed: fewer cannot stand in train, val and test and still be learned
 MOST = 3e38  # what a 32-bit float can hold
-ALLOWABLE = ("unreadable", "leak")
+ALLOWABLE = ("unreadable", "leak", "two-labels", "group-leak", "spelling")
 
 
 def open_dataset(root: Path, options: DataOptions, *, whole: bool) -> Dataset:
@@ -217,7 +217,7 @@ class Reading:
         for same in spelling.values():
             if len(same) > 1:
                 shown = ", ".join(f"{name!a}" for name in same)
-                self.listing.problems.append(f"classes that differ by spelling only: {shown}")
+                self._refuse("spelling", f"classes that differ by spelling only: {shown}")
 
     def _check_labels(self, images: Sequence[Listed], hashes: Sequence[str]) -> None:
         first: dict[str, Listed] = {}
@@ -230,7 +230,7 @@ class Reading:
         ]
         if pairs:
             noun = count(len(pairs), "image has", "images have")
-            self.listing.problems.append(f"{noun} two labels with equal bytes: {shorten(pairs)}")
+            self._refuse("two-labels", f"{noun} two labels with equal bytes: {shorten(pairs)}")
 
     def group(self, images: Sequence[Listed]) -> list[Listed]:
         """Returns the images with their groups."""
@@ -315,8 +315,9 @@ class Reading:
             if sample.group is not None:
                 divided[sample.group].add(sample.split)
         if crossing := sorted(group for group, splits in divided.items() if len(splits) > 1):
-            self.listing.problems.append(
-                f"{count(len(crossing), 'group')} in more than one split: {shorten(crossing)}"
+            self._refuse(
+                "group-leak",
+                f"{count(len(crossing), 'group')} in more than one split: {shorten(crossing)}",
             )
 
     def _check_copies(self, samples: list[Sample]) -> None:
@@ -341,6 +342,13 @@ class Reading:
             f"{count(len(copies), 'image is', 'images are')} in {original.split} and "
             f"{sample.split} with equal bytes, e.g. `{original.path}` = `{sample.path}`"
         )
+
+    def _refuse(self, code: str, told: str) -> None:
+        """Makes it a problem, or a note where the user accepts it."""
+        if code in self.options.allow:
+            self.notes.append(f"allowed: {told} (`{code}`)")
+        else:
+            self.listing.problems.append(told)
 
     def _refuse_problems(self) -> None:
         if self.listing.problems:

@@ -19,8 +19,8 @@ from regraft.data.decode import (
     read_whole,
     sniffed,
 )
-from regraft.data.duplicates import Looks
 from regraft.data.listing import Listed
+from regraft.data.looks import Looks
 from regraft.data.opening import Reading
 from regraft.errors import DataError
 
@@ -45,12 +45,12 @@ class Picture:
     group: str | None
     content: bytes
     pixels: bytes
-    size: tuple[int, int]
-    channels: int
-    pixel_type: str
-    format: str
-    brightness: float
-    border: float
+    size: tuple[int, int] = (0, 0)
+    channels: int = 0
+    pixel_type: str = ""
+    format: str = ""
+    brightness: float = 0.0
+    border: float = 0.0
 
 
 @dataclass

@@ -40,7 +40,7 @@ def trait_findings(
         is_scaled: Whether the user says which values are black and white.
     """
     return [
-        *_class_findings(pictures, is_split),
+        *class_findings(pictures, is_split=is_split),
         *_form_findings(pictures, is_scaled=is_scaled),
         *_size_findings(pictures),
         *_intensity_findings(pictures, flat),
@@ -48,7 +48,8 @@ def trait_findings(
     ]
 
 
-def _class_findings(pictures: Sequence[Picture], is_split: bool) -> Iterator[Finding]:
+def class_findings(pictures: Sequence[Picture], *, is_split: bool) -> Iterator[Finding]:
+    """Yields findings about the names and sizes of the classes."""
     sizes = Counter(one.label for one in pictures)
     if len(sizes) < 2:
         yield Finding(

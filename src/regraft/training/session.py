@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor
 from regraft.data.batches import ONLY, Shard, eval_batches
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset, unusable
+from regraft.data.decode import UnreadableImage
+from regraft.data.finding import Finding
 from regraft.data.intensity import refuse_unclear, with_range
+from regraft.data.precheck import Known, accepted, encoded_hash, precheck, told
 from regraft.engine import Engine
 from regraft.errors import RegraftError, count, shorten
 from regraft.evaluation.predictions import eval_batch, infer
@@ -109,23 +113,47 @@ class Session:
     inputs: InputSpec
     engine: Engine
     on_progress: OnProgress
+    findings: tuple[Finding, ...] = ()
 
     @classmethod
     def prepare(
-        cls, dataset: Dataset, inputs: InputSpec, engine: Engine, on_progress: OnProgress
+        cls,
+        dataset: Dataset,
+        inputs: InputSpec,
+        engine: Engine,
+        on_progress: OnProgress,
+        known: Known | None = None,
     ) -> "Session":
-        """Decodes the images; mean and std are measured where the InputSpec has none yet."""
+        """Decodes the images; mean and std are measured where the InputSpec has none yet.
+
+        Args:
+            known: Images that the start has seen.
+
+        Raises:
+            DataError: Images cannot be decoded, or stand in two splits or under two labels.
+        """
         on_progress = on_progress if engine.is_main else quiet
         on_progress(Note(f"data: {dataset.summary()}"))
         channels = fitting_channels(dataset, inputs.channels)
         refuse_unclear(dataset, inputs)
-        with engine.first_on_machine():
-            told = counting(on_progress, "decoding")
-            cache, dataset = Cache.build(
-                dataset, inputs.size, channels, told, lambda text: on_progress(Note(text))
+        steps = counting(on_progress, "decoding")
+
+        def decoded(dataset: Dataset) -> tuple[Cache, Dataset]:
+            return Cache.build(
+                dataset, inputs.size, channels, steps, lambda text: on_progress(Note(text))
             )
+
+        with engine.first_on_machine():
+            cache, dataset = decoded(dataset)
+            findings = precheck(dataset, cache)
+            if (kept := accepted(dataset, findings)) is not dataset:
+                cache, dataset = decoded(kept)
+        if known is not None:
+            findings += precheck(dataset, cache, known)
         for note in dataset.notes:
             on_progress(Note(f"data: {note}"))
+        for line in told(findings):
+            on_progress(Note(line))
         if dataset.channels == 1 and channels == 3:
             on_progress(Note("data: grey images are replicated to RGB for this network"))
         if dataset.bit_depth != inputs.bit_depth:
@@ -140,7 +168,7 @@ class Session:
             on_progress(Note(f"data: {inputs.told_range()}"))
         if not inputs.mean:
             inputs = cache.with_statistics(inputs, dataset.rows("train"))
-        return cls(dataset, cache, inputs, engine, on_progress)
+        return cls(dataset, cache, inputs, engine, on_progress, findings)
 
     @property
     def own_inputs(self) -> InputSpec:
@@ -348,15 +376,23 @@ class Session:
                 "options": data.options.to_dict(),
                 "splits": {split: len(data.rows(split)) for split in ("train", "val", "test")},
                 "excluded": len(data.excluded),
-                "notes": list(data.notes),
+                "notes": [*data.notes, *told(self.findings)],
+                "findings": [{**one.to_dict(), "files": len(one.files)} for one in self.findings],
             },
             "start": record.get("start"),
             "transplant": record.get("transplant"),
             "engine": self.engine.describe(),
         }
-        samples = [labelled(sample) for sample in data.samples]
+        samples = [
+            labelled(sample) | {"phash": encoded_hash(values)}
+            for sample, values in zip(data.samples, self.cache.hashes, strict=True)
+        ]
         excluded = [{"path": path, "excluded": why} for path, why in data.excluded]
-        seen = [{"sha256": sha, "split": split} for sha, split in record.get("seen", {}).items()]
+        hashes = record.get("hashes", {})
+        seen = [
+            {"sha256": sha, "split": split, "phash": hashes.get(sha, "")}
+            for sha, split in record.get("seen", {}).items()
+        ]
         if self.engine.is_main:
             Run.create(out, document, samples + excluded, seen)
         self.engine.wait()
@@ -422,18 +458,26 @@ class Start:
             },
             "transplant": rows,
             "lineage": self.classifier.lineage,
-            "seen": {} if self.run is None else self.run.seen(),
+            "seen": self.known.splits,
+            "hashes": self.known.hashes,
         }
 
-    def refuse_leak(self, dataset: Dataset) -> None:
-        """Refuses test images that the start was trained on.
+    @cached_property
+    def known(self) -> Known:
+        """What is known of the images that its weights have seen."""
+        return Known({}, {}) if self.run is None else Known(self.run.seen(), self.run.hashes())
+
+    def unseen(self, dataset: Dataset) -> Dataset:
+        """Returns the dataset, without test images that the start was trained on where allowed.
 
         Raises:
-            DataError: There are some.
+            DataError: There are some, and nobody has allowed to leave them out.
         """
-        seen = {} if self.run is None else self.run.seen()
-        used = {sha256 for sha256, split in seen.items() if split != "test"}
+        used = {sha256 for sha256, split in self.known.splits.items() if split != "test"}
         known = [s for s in dataset.samples if s.split == "test" and s.sha256 in used]
+        if known and "leak" in dataset.options.allow:
+            reason = UnreadableImage("leak", "the start was trained on it")
+            return dataset.without([(sample, reason) for sample in known])
         if known:
             raise unusable(
                 dataset.root,
@@ -441,8 +485,10 @@ class Start:
                     f"the start was trained on {count(len(known), 'test image')}, "
                     f"e.g. {shorten(sample.path for sample in known)}"
                 ],
-                hint="use other test images, or a start that has not seen these",
+                hint="use other test images, or a start that has not seen these, or leave them out with "
+                "`--allow leak`",
             )
+        return dataset
 
 
 def transplant_table(rows: Sequence[dict[str, Any]]) -> str:
