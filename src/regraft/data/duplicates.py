@@ -120,7 +120,7 @@ def near_hashes(hashes: NDArray[np.int8], asked: Rows) -> Pairs:
 
     Crops and turns by other angles are for `near_pairs`, which has the pictures.
     """
-    shown = hashes.any(axis=1)
+    shown: NDArray[np.bool_] = np.asarray(hashes.any(axis=1))
     known, asked = np.flatnonzero(shown), asked[shown[asked]]
     if len(known) < 2 or not len(asked):
         return _joined([])

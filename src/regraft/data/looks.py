@@ -156,7 +156,8 @@ def _ring_places(height: int, width: int) -> tuple[Rows, Rows, Floats, Floats]:
 
 @lru_cache(maxsize=2)
 def cosines(number: int) -> Floats:
-    from scipy.fft import dct
-
-    waves: Floats = dct(np.eye(SIDE), axis=0, norm="ortho")[:number].astype(np.float32)
-    return waves
+    """Returns the lowest `number` waves of the DCT (type II, orthonormal) of a thumb's side."""
+    steps = np.arange(number)[:, None]
+    waves = np.cos(np.pi * (2 * np.arange(SIDE) + 1) * steps / (2 * SIDE))
+    waves *= np.where(steps == 0, np.sqrt(1 / SIDE), np.sqrt(2 / SIDE))
+    return np.asarray(waves, np.float32)

@@ -6,7 +6,7 @@ backbone is carried over, test images that the Run it comes from has seen.
 
 import base64
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np

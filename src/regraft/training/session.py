@@ -485,8 +485,8 @@ class Start:
                     f"the start was trained on {count(len(known), 'test image')}, "
                     f"e.g. {shorten(sample.path for sample in known)}"
                 ],
-                hint="use other test images, or a start that has not seen these, or leave them out with "
-                "`--allow leak`",
+                hint="use other test images, or a start that has not seen these, or leave them "
+                "out with `--allow leak`",
             )
         return dataset
 
