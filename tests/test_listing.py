@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from regraft.data.dataset import DataOptions, Dataset
-from regraft.data.listing import Listed, list_csv, list_folder
+from regraft.data.listing import Listed, list_folder
+from regraft.data.tables import Columns, list_table
 from regraft.errors import DataError, UsageError
 
 MakeFolder = Callable[..., Path]
@@ -183,7 +184,7 @@ def rows_of(
 ) -> list[Listed]:
     file = root / "labels.csv"
     file.write_text(text, encoding="utf-8")
-    listing = list_csv(root, file, "image", "label", group, split)
+    listing = list_table(root, file, Columns(group=group, split=split))
     assert listing.problems == []
     return listing.images
 
@@ -220,14 +221,14 @@ def test_spaces_around_a_patient_do_not_make_another_patient(tmp_path: Path) -> 
 )
 def test_a_csv_row_that_cannot_be_used_is_named(tmp_path: Path, row: str, told: str) -> None:
     (tmp_path / "x.csv").write_text(f"image,label,split\n1.png,a,train\n{row}\n")
-    listing = list_csv(tmp_path, tmp_path / "x.csv", "image", "label", None, "split")
+    listing = list_table(tmp_path, tmp_path / "x.csv", Columns(split="split"))
     assert len(listing.problems) == 1
     assert listing.problems[0].startswith(told.format(root=tmp_path))
 
 
 def test_a_csv_row_without_image_or_label_is_left_out_and_listed(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("image,label\n1.png,a\n2.png,\n,b\n3.png\n")
-    listing = list_csv(tmp_path, tmp_path / "x.csv", "image", "label", None, None)
+    listing = list_table(tmp_path, tmp_path / "x.csv", Columns())
     assert [image.path for image in listing.images] == ["1.png"]
     assert listing.excluded == [(f"x.csv row {n}", "no image or no label") for n in (3, 4, 5)]
 
@@ -235,7 +236,7 @@ def test_a_csv_row_without_image_or_label_is_left_out_and_listed(tmp_path: Path)
 def test_a_missing_csv_column_is_told_with_those_that_exist(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("file,label\n1.png,a\n")
     with pytest.raises(UsageError) as caught:
-        list_csv(tmp_path, tmp_path / "x.csv", "image", "label", "patient", None)
+        list_table(tmp_path, tmp_path / "x.csv", Columns(group="patient"))
     assert "has no column `image`, `patient`; it has `file`, `label`" in str(caught.value)
     assert "--image-column" in caught.value.hint
 
@@ -253,7 +254,7 @@ def test_a_csv_that_cannot_be_read_is_named(
     if content is not None:
         (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(kind) as caught:
-        list_csv(tmp_path, tmp_path / "x.csv", "image", "label", None, None)
+        list_table(tmp_path, tmp_path / "x.csv", Columns())
     assert f"`{tmp_path / 'x.csv'}` {told}" in str(caught.value)
 
 

@@ -20,6 +20,7 @@ from regraft.data.pixels import Header, Pixels, UnreadableImage, held, refuse_si
 from regraft.errors import EnvironmentFault
 
 PREAMBLE, MAGIC = 128, b"DICM"
+DICOM_START = PREAMBLE + len(MAGIC)
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # its whole data set is zipped: it may grow without bound
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
@@ -37,7 +38,7 @@ SAYINGS = {
 
 def is_dicom(start: bytes) -> bool:
     """Whether a file that begins so says that it is DICOM."""
-    return start[PREAMBLE : PREAMBLE + 4] == MAGIC
+    return start[PREAMBLE:DICOM_START] == MAGIC
 
 
 def dicom_header(content: bytes) -> Header:

@@ -1,13 +1,13 @@
-"""Which files a dataset holds, and what the folder or the CSV says of each: no pixels yet."""
+"""Which files a dataset holds, and what the folder says of each: no pixels yet."""
 
-import csv
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from regraft.data.decode import IDX_ENTRY, SUFFIXES, UnreadableImage, read_idx
-from regraft.errors import DataError, UsageError, count, shorten
+from regraft.data.dicom import DICOM_START, is_dicom
+from regraft.errors import DataError, count, shorten
 
 SPLIT_WORDS = {
     "train": "train",
@@ -89,53 +89,6 @@ def list_folder(root: Path) -> Listing:
     return listing
 
 
-def list_csv(
-    root: Path, file: Path, image: str, label: str, group: str | None, split: str | None
-) -> Listing:
-    """Lists the rows of a CSV (comma, semicolon or tab); image paths are relative to `root`.
-
-    Raises:
-        UsageError: The CSV is missing or lacks a column.
-        DataError: It is not a CSV in UTF-8.
-    """
-    if not root.is_dir():
-        raise DataError(f"image folder not found: `{root}`", hint="check the path")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(
-            f"`{file}` cannot be read: {error.strerror}", hint="check `--csv`"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"`{file}` is not UTF-8: {error}", hint="save it as UTF-8") from error
-    header = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    wanted = [column for column in (image, label, group, split) if column]
-    found = reader.fieldnames or []
-    if missing := [column for column in wanted if column not in found]:
-        raise UsageError(
-            f"`{file}` has no column {shorten(missing)}; it has {shorten(found, 20)}",
-            hint="name the columns with `--image-column` and `--label-column`",
-        )
-    listing = Listing()
-    seen: set[str] = set()
-    for number, row in enumerate(reader, start=2):
-        name, label_value = (row[image] or "").strip(), (row[label] or "").strip()
-        split_value = _csv_split(row[split], number, listing) if split else None
-        if not name or not label_value:
-            listing.excluded.append((f"{file.name} row {number}", "no image or no label"))
-        elif Path(name).is_absolute() or ".." in Path(name).parts:
-            listing.problems.append(f"row {number}: `{name}` leads out of `{root}`")
-        elif (place := Path(name).as_posix()) in seen:
-            listing.problems.append(f"row {number}: `{name}` is named twice")
-        else:
-            seen.add(place)
-            group_value = (row[group] or "").strip() or None if group else None
-            listing.images.append(Listed(name, label_value, split_value, group_value))
-    return listing
-
-
 def list_images(paths: list[Path]) -> tuple[list[tuple[Path, str]], list[tuple[str, str]]]:
     """Returns (root, relative path) of each image file named or below a folder named, and what
     was left out, with the reason.
@@ -144,7 +97,7 @@ def list_images(paths: list[Path]) -> tuple[list[tuple[Path, str]], list[tuple[s
     listing = Listing()
     for path in paths:
         if path.is_dir():
-            found += [(path, name) for name in _walk(path, path, listing)]
+            found += [(path, name) for name in walk(path, path, listing)]
         else:
             found.append((path.parent, path.name))
     return found, listing.excluded
@@ -154,7 +107,7 @@ def _list_classes(root: Path, folders: list[Path], split: str | None, listing: L
     empty = []
     for class_folder in folders:
         before = len(listing.images)
-        for path in _walk(root, class_folder, listing):
+        for path in walk(root, class_folder, listing):
             listing.images.append(Listed(path, class_folder.name, split))
         if len(listing.images) == before:
             empty.append(class_folder.relative_to(root).as_posix())
@@ -171,7 +124,8 @@ def _exclude_files(root: Path, folder: Path, listing: Listing) -> None:
             listing.excluded.append((path.relative_to(root).as_posix(), "not in a class folder"))
 
 
-def _walk(root: Path, folder: Path, listing: Listing) -> Iterator[str]:
+def walk(root: Path, folder: Path, listing: Listing) -> Iterator[str]:
+    """Yields the images below a folder, relative to `root`; what else is there is excluded."""
     # followlinks=False: a link to a parent folder would count every image many times.
     for here, folders, files in os.walk(folder, followlinks=False):
         for name in sorted(folders):
@@ -184,10 +138,26 @@ def _walk(root: Path, folder: Path, listing: Listing) -> Iterator[str]:
             path = Path(here, name).relative_to(root).as_posix()
             if name.startswith("."):
                 listing.excluded.append((path, "hidden file"))
-            elif Path(name).suffix.lower() not in SUFFIXES:
+            elif not may_be_image(Path(here, name)):
                 listing.excluded.append((path, "not an image by its suffix"))
             else:
                 yield path
+
+
+def may_be_image(path: Path) -> bool:
+    """Whether a name says that a file is an image; without a suffix, or one of digits alone (as
+    identifiers of DICOM end), its first bytes must say that it is DICOM.
+    """
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or (suffix and not suffix[1:].isdigit()):
+        return suffix in SUFFIXES
+    try:
+        if not path.is_file():  # a pipe would block for ever
+            return False
+        with path.open("rb") as stream:
+            return is_dicom(stream.read(DICOM_START))
+    except OSError:
+        return False
 
 
 def _visible_folders(root: Path, folder: Path, listing: Listing) -> list[Path]:
@@ -219,13 +189,6 @@ def _refuse_flat(root: Path) -> None:
         f"`{root}` has {found}no class folders",
         hint=f"expected {LAYOUT}: `{root.name}/cats/1.jpg`, `{root.name}/dogs/2.jpg`",
     )
-
-
-def _csv_split(value: str | None, number: int, listing: Listing) -> str | None:
-    word = (value or "").strip().lower()
-    if word not in SPLIT_WORDS:
-        listing.problems.append(f"row {number}: split `{word}` is none of {sorted(SPLIT_WORDS)}")
-    return SPLIT_WORDS.get(word)
 
 
 def _idx_files(root: Path) -> list[Path]:

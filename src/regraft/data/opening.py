@@ -10,8 +10,9 @@ from pathlib import Path
 
 from regraft.data.dataset import DataOptions, Dataset, Sample, unreadable_problem, unusable
 from regraft.data.decode import Header, UnreadableImage, map_in_threads, read_content, read_header
-from regraft.data.listing import Listed, Listing, list_csv, list_folder
+from regraft.data.listing import Listed, Listing, list_folder
 from regraft.data.split import SPLITS, assign_splits, split_problems
+from regraft.data.tables import METADATA, Columns, list_metadata, list_table
 from regraft.errors import UsageError, count, shorten
 
 MIN_IMAGES = 5  # assumed: fewer cannot stand in train, val and test and still be learned
@@ -94,16 +95,15 @@ class Reading:
 
     def _list(self) -> Listing:
         options = self.options
-        if options.csv is None:
-            return list_folder(self.root)
-        return list_csv(
-            self.root,
-            options.csv,
-            options.image_column,
-            options.label_column,
-            options.group_column,
-            options.split_column,
+        columns = Columns(
+            options.image_column, options.label_column, options.group_column, options.split_column
         )
+        if options.csv is not None:
+            return list_table(self.root, options.csv, columns)
+        if (found := list_metadata(self.root, columns)) is None:
+            return list_folder(self.root)
+        self.notes.append(f"labels are those of `{METADATA}`")
+        return found
 
     def _relabel(self) -> None:
         if not self.options.relabel:
