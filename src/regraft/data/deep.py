@@ -140,19 +140,14 @@ def _png_header(content: bytes) -> Header:
 def _png_pixels(content: bytes) -> Pixels:
     header, codecs = _png_header(content), _library("imagecodecs")
     try:
-        pixels: Pixels = codecs.png_decode(content)
+        pixels: Pixels = held(codecs.png_decode(content))
     except Exception as error:  # codecs have errors of their own
         reason = "truncated" if "too small" in str(error) else "damaged"
         raise UnreadableImage(reason, f"not a whole PNG: {error}"[:140]) from error
     if pixels.shape[:2] != header.size or pixels.dtype != np.uint16:
         raise UnreadableImage("damaged", f"a PNG that decodes to {pixels.shape} {pixels.dtype}")
-    if content[25] & 4:  # colour types 4 and 6 have alpha
-        return over_white(pixels)
-    place = content.find(b"tRNS", 0, content.find(b"IDAT"))
-    if place > 0:  # one colour is named as transparent
-        clear = np.frombuffer(content, ">u2", 3, place + 4)
-        pixels = np.where((pixels == clear).all(2, keepdims=True), np.uint16(65535), pixels)
-    return pixels
+    # A colour that is named as transparent comes as alpha, too.
+    return over_white(pixels) if pixels.shape[2] in (2, 4) else pixels
 
 
 def _library(name: str) -> Any:
