@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp carries the checksum of what it installed: a .venv that is right starts at once.
 READY := .venv/ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-all lint bench quality
+.PHONY: setup demo test test-all lint bench quality faults
 setup: $(READY)
 
 $(READY):
@@ -29,6 +29,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: setup
+	$(BIN)/python docs/faults.py
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py

@@ -48,6 +48,7 @@ def start(source: Path, make_shapes: MakeShapes) -> Path:
     return source / "run"
 
 
+@pytest.mark.fault("D9")
 def test_only_the_backbone_crosses_datasets(
     start: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_only_the_backbone_crosses_datasets(
     assert [record["verb"] for record in after.lineage] == ["pretrain", "finetune"]
 
 
+@pytest.mark.fault("D6", "D8")
 def test_another_size_and_another_number_of_classes_just_work(
     start: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_compare_answers_and_keeps_everything(
 
 
 @pytest.mark.parametrize("strategy", ["lp-ft", "auto"])
+@pytest.mark.fault("D9")
 def test_test_images_never_reach_the_training(
     start: Path, make_shapes: MakeShapes, tmp_path: Path, strategy: str
 ) -> None:
@@ -129,6 +132,7 @@ def test_test_images_never_reach_the_training(
     assert all(torch.equal(states[0][1][name], states[1][1][name]) for name in states[0][1])
 
 
+@pytest.mark.fault("D10")
 def test_a_run_finds_its_own_test_images_wherever_they_lie(
     start: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +166,7 @@ def test_images_seen_in_training_are_refused(start: Path, source: Path, tmp_path
         api.evaluate(start, tmp_path / "seen")
 
 
+@pytest.mark.fault("D6", "D7")
 def test_new_images_of_known_classes_can_be_judged(start: Path, make_shapes: MakeShapes) -> None:
     data = make_shapes(("a", "c"), 3, seed=99)
     assert api.evaluate(start, data)["n"] == 6
@@ -170,6 +175,7 @@ def test_new_images_of_known_classes_can_be_judged(start: Path, make_shapes: Mak
         api.evaluate(start, data)
 
 
+@pytest.mark.fault("D5")
 def test_a_test_image_that_the_start_has_seen_is_a_leak(
     start: Path, source: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:
@@ -181,6 +187,7 @@ def test_a_test_image_that_the_start_has_seen_is_a_leak(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("D8")
 def test_grey_start_takes_colour_only_by_name(make_shapes: MakeShapes, tmp_path: Path) -> None:
     grey = make_shapes(("a", "b"), 12)
     run = api.pretrain(
@@ -281,6 +288,7 @@ def test_more_stages_than_there_are_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("D12")
 def test_what_is_left_out_or_unfinished_is_told(
     start: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:
@@ -309,6 +317,7 @@ def test_a_recipe_for_the_other_goal_is_refused(
         api.pretrain(data, out=tmp_path / "run", arch=ARCH, recipe=Recipe.transfer("lp-ft"))
 
 
+@pytest.mark.fault("D9")
 def test_the_control_does_not_know_the_mean_of_dataset1(
     start: Path, make_shapes: MakeShapes, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_bad_data_is_refused_before_anything_is_created(
         (["--set", 'phases=[{learns="head"}]'], "a frozen random backbone stays random"),
     ],
 )
+@pytest.mark.fault("E1", "E5")
 def test_a_wrong_option_is_a_usage_error(
     make_folder: MakeFolder,
     tmp_path: Path,
@@ -177,6 +178,7 @@ def test_a_start_that_is_no_run_is_refused(
     assert re.search("run not found|holds no trained classifier", capsys.readouterr().err)
 
 
+@pytest.mark.fault("E9", "A23")
 def test_nothing_is_written_over_or_into_the_data(
     start: Path, make_folder: MakeFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +190,7 @@ def test_nothing_is_written_over_or_into_the_data(
     assert not (data / "run").exists()
 
 
+@pytest.mark.fault("D10")
 def test_the_story_on_the_command_line(
     start: Path, make_folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

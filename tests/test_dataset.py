@@ -51,6 +51,7 @@ def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
+@pytest.mark.fault("A21")
 def test_class_names_are_in_code_point_order_and_give_the_labels(make_folder: MakeFolder) -> None:
     dataset = Dataset.open(make_folder({"2": 5, "10": 5, "Z": 5, "a": 5, "1": 5}))
     assert dataset.class_names == ("1", "10", "2", "Z", "a")
@@ -79,6 +80,7 @@ def test_found_is_used_plus_excluded(make_folder: MakeFolder) -> None:
 
 
 @pytest.mark.parametrize("options", [DataOptions(), DataOptions(group_regex=r"(\d)\.")])
+@pytest.mark.fault("D4")
 def test_no_content_and_no_group_is_in_two_splits(
     make_folder: MakeFolder, options: DataOptions
 ) -> None:
@@ -153,6 +155,7 @@ def test_worker_threads_leave_the_warning_filters_alone(
 
 
 @pytest.mark.parametrize("allow", [(), ("unreadable", "leak")])
+@pytest.mark.fault("A23")
 def test_the_data_folder_is_never_written_to(
     make_folder: MakeFolder, allow: tuple[str, ...]
 ) -> None:
@@ -169,6 +172,7 @@ def test_the_data_folder_is_never_written_to(
 # What cannot be used
 
 
+@pytest.mark.fault("A7")
 def test_a_class_that_train_lacks_is_listed(make_folder: MakeFolder) -> None:
     root = make_folder({**SPLIT, "val/new": 1, "test/new": 1, "test/other": 1})
     assert problems(root) == (
@@ -177,11 +181,13 @@ def test_a_class_that_train_lacks_is_listed(make_folder: MakeFolder) -> None:
     )
 
 
+@pytest.mark.fault("A8")
 def test_a_class_that_test_lacks_is_noted(make_folder: MakeFolder) -> None:
     dataset = Dataset.open(make_folder({**SPLIT, "train/c": 5, "val/c": 2}))
     assert dataset.notes == ("test has no images of `c`",)
 
 
+@pytest.mark.fault("D1")
 def test_equal_bytes_across_splits_are_refused_unless_left_out(make_folder: MakeFolder) -> None:
     root = make_folder(SPLIT)
     shutil.copy(root / "train/a/a_000.png", root / "test/a/copy.png")
@@ -200,6 +206,7 @@ def test_equal_bytes_across_splits_are_refused_unless_left_out(make_folder: Make
 
 
 @pytest.mark.parametrize("layout", [TWO, SPLIT])
+@pytest.mark.fault("D15")
 def test_one_image_with_two_labels_is_refused(
     make_folder: MakeFolder, layout: dict[str, int]
 ) -> None:
@@ -293,6 +300,7 @@ def test_files_that_the_group_regex_does_not_match_are_counted(
     )
 
 
+@pytest.mark.fault("D4")
 def test_a_group_in_two_given_splits_is_refused(make_folder: MakeFolder) -> None:
     root = make_folder(SPLIT)
     regex = r"(\d+)"  # a_000 is in train, val and test

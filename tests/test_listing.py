@@ -60,6 +60,7 @@ def test_eval_is_refused_because_tools_disagree(make_folder: MakeFolder, word: s
     assert "hint: rename the folder to `val` or `test`" in told
 
 
+@pytest.mark.fault("A13")
 def test_class_folders_hold_images_at_any_depth(make_folder: MakeFolder) -> None:
     root = make_folder({"cats": 1, "cats/old/older": 1, "dogs": 1})
     assert list_folder(root).images == [
@@ -69,6 +70,7 @@ def test_class_folders_hold_images_at_any_depth(make_folder: MakeFolder) -> None
     ]
 
 
+@pytest.mark.fault("A12", "A11")
 def test_every_file_is_used_or_left_out_with_its_reason(make_folder: MakeFolder) -> None:
     root = make_folder({"train/a": 3, "train/b": 3, "val/a": 1, "train/a/.ipynb_checkpoints": 2})
     for name in ("train/a/notes.txt", "train/b/._b.png", "train/loose.png", "readme.md"):
@@ -88,6 +90,7 @@ def test_every_file_is_used_or_left_out_with_its_reason(make_folder: MakeFolder)
 
 @pytest.mark.parametrize("name", [".git", "__MACOSX", "@eaDir"])
 @pytest.mark.parametrize("place", ["", "train", "train/a"])
+@pytest.mark.fault("A11")
 def test_system_folders_are_left_out_and_listed_wherever_they_stand(
     make_folder: MakeFolder, place: str, name: str
 ) -> None:
@@ -100,6 +103,7 @@ def test_system_folders_are_left_out_and_listed_wherever_they_stand(
 
 
 @pytest.mark.parametrize("places", [["a/loop"], ["a/loop", "b/loop"], ["loop"]])
+@pytest.mark.fault("A14", "A15")
 def test_a_symlink_loop_neither_multiplies_images_nor_takes_time(
     make_folder: MakeFolder, places: list[str]
 ) -> None:
@@ -113,6 +117,7 @@ def test_a_symlink_loop_neither_multiplies_images_nor_takes_time(
     assert listing.excluded == [(place, "linked folder") for place in places]
 
 
+@pytest.mark.fault("A22")
 def test_a_pipe_named_as_an_image_does_not_hang_and_is_named(make_folder: MakeFolder) -> None:
     root = make_folder({"a": 5, "b": 5})
     pipe = root / "a" / "x.png"
@@ -129,11 +134,13 @@ def test_a_pipe_named_as_an_image_does_not_hang_and_is_named(make_folder: MakeFo
     assert "no such file" not in told, "it is there, but it is not a regular file"
 
 
+@pytest.mark.fault("A1")
 def test_a_folder_that_is_not_there_is_not_found(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no").startswith(f"dataset folder not found: `{tmp_path / 'no'}`")
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.fault("A1")
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "data.zip").write_text("x")
     assert f"`{tmp_path / 'data.zip'}` is a file; expected a folder" in refusal(
@@ -141,6 +148,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault("A2")
 def test_images_directly_inside_are_counted_and_the_layout_is_shown(
     make_folder: MakeFolder,
 ) -> None:
@@ -167,6 +175,7 @@ def test_images_directly_inside_are_counted_and_the_layout_is_shown(
         ),
     ],
 )
+@pytest.mark.fault("A3", "A5", "A6", "A9", "A10")
 def test_a_folder_that_cannot_be_used_is_told_why(
     make_folder: MakeFolder, layout: dict[str, int], told: str
 ) -> None:

@@ -29,6 +29,7 @@ def test_every_key_of_a_printed_recipe_is_explained() -> None:
             assert before.startswith("# "), name
 
 
+@pytest.mark.fault("E1")
 def test_unknown_keys_are_errors_with_a_suggestion(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text("batchsize = 4\nseed = -1\n[[phases]]\nepoch = 3\n")
@@ -60,6 +61,7 @@ def test_a_recipe_that_is_no_file_or_no_toml_is_refused(
     "changes",
     [{"epochs": 0}, {"lr": -1.0}, {"augment": "wild"}, {"image_size": 0}, {"nonsense": 1}],
 )
+@pytest.mark.fault("E3")
 def test_values_out_of_range_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="the recipe cannot be used"):
         Recipe.scratch().changed(changes)

@@ -61,6 +61,7 @@ def bars(make_shapes: MakeShapes) -> tuple[Material, InputSpec]:
 @pytest.mark.parametrize(
     ("learns", "epochs", "num_frozen"), [("head", 1, 5), ("last:1", 2, 4), ("last:3", 2, 2)]
 )
+@pytest.mark.fault("D11")
 def test_frozen_stages_stay_bit_identical(
     bars: tuple[Material, InputSpec], learns: str, epochs: int, num_frozen: int
 ) -> None:
@@ -77,6 +78,7 @@ def test_frozen_stages_stay_bit_identical(
         assert all(same) if stage < num_frozen else not all(same), f"stage {stage}"
 
 
+@pytest.mark.fault("D11")
 def test_frozen_batch_norm_keeps_its_statistics_while_its_stage_learns(
     bars: tuple[Material, InputSpec],
 ) -> None:

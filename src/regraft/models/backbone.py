@@ -218,6 +218,12 @@ def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
             f"timm has no architecture `{arch}`",
             hint=f"perhaps {shorten(close)}" if close else "for your own write `file.py:factory`",
         )
+    if "." in arch:  # `resnet18.a1_in1k`: a network and the name of weights for it
+        name, _, weights = arch.partition(".")
+        raise UsageError(
+            f"`{arch}` asks for the weights `{weights}` of somebody else, which are never used",
+            hint=f"write `{name}`: the same network, from random weights",
+        )
     # timm would draw 120 million values for VGG's neck, to be dropped below: make it narrow.
     if arch.startswith("vgg"):
         options = {"mlp_ratio": 1 / 512}

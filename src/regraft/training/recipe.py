@@ -20,6 +20,7 @@ Auto = Literal["auto"]
 STEPS_TO_LEARN = 500  # for fewer than 20,000 images: BiT-HyperRule, arXiv:1912.11370
 SCRATCH_EPOCHS = 30  # assumed: the least that a completed cosine needs; `--epochs` for more
 LEAST_EPOCHS, MOST_EPOCHS = 10, 250  # of a fine-tuning; assumed bounds around STEPS_TO_LEARN
+MOST_BYTES = 1 << 20  # of a recipe file; assumed, a printed one has 5,000
 CONTROL_EPOCHS = 120  # of scratch beside a head that is solved at once; assumed ample
 
 
@@ -346,6 +347,8 @@ class Recipe(BaseModel):
             UsageError: It is missing, is no TOML, or has unknown keys or values.
         """
         try:
+            if file.stat().st_size > MOST_BYTES:
+                raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
             document = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(
