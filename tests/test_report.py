@@ -226,6 +226,7 @@ def test_the_verdict_comes_first(tmp_path: Path, verdict: str, told: str, direct
     assert ("The interval includes no difference" in text) == (verdict == "cannot tell")
 
 
+@pytest.mark.fault("L4")
 def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
     comparison, run = make_comparison(tmp_path / "c"), make_run(tmp_path / "r")
     page = page_of(tmp_path, comparison, run)
@@ -244,6 +245,7 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
     assert not any("style" in attributes for _, attributes in page.elements)
 
 
+@pytest.mark.fault("L1")
 def test_hostile_class_names_stay_text(tmp_path: Path) -> None:
     plain = page_of(tmp_path, make_run(tmp_path / "a", names=("a", "b", "c", "d", "e", "f", "g")))
     hostile = page_of(tmp_path, make_run(tmp_path / "b", names=HOSTILE))
@@ -259,6 +261,7 @@ def test_hostile_class_names_stay_text(tmp_path: Path) -> None:
     assert not re.search("[\u202e\x1b\x00]", hostile.source)
 
 
+@pytest.mark.fault("L9")
 def test_hidden_characters_are_spelled_out_and_letters_are_not() -> None:
     assert (
         readable("a\u202eb\u2066\u200b\u2028\u2029\x7f")
@@ -270,6 +273,7 @@ def test_hidden_characters_are_spelled_out_and_letters_are_not() -> None:
     )
 
 
+@pytest.mark.fault("L7")
 @pytest.mark.parametrize(
     ("status", "told"),
     [
@@ -288,6 +292,82 @@ def test_an_unfinished_run_says_so_at_the_top(
     write(comparison / "scratch-1" / "status.json", status)
     text = page_of(tmp_path, comparison).text
     assert text.index(f"scratch-1: {told}") < text.index("The transfer helped")
+
+
+def add_search(run: Path, *best: tuple[str, float]) -> None:
+    """Makes the Run one of a search: `firm` won, and the last of `best` is kept."""
+    phase = {"epochs": 7, "lr_factor": 3.0, "warmup": 0.05, "batch_norm": "adapt"}
+    head = phase | {"learns": "head", "lr": 0.0077, "epochs": 1}
+    winner = {"name": "firm", "phases": [head, phase | {"learns": "all", "lr": 0.0042}]}
+    plan = {"candidates": [winner], "rungs": [], "folds": 0, "epochs": 9}
+    write(run / "winner.json", plan)
+    write(run / "plan.json", plan | {"candidates": [winner, winner | {"name": "bold"}]})
+    trials = [("bold", 0.3, False), *((name, share, True) for name, share in best)]
+    with (run / "trials.jsonl").open("w") as trial_lines, (run / "times.jsonl").open("w") as times:
+        for name, share, is_best in trials:
+            line = {"candidate": name, "share": share, "loss": 0.1, "balanced_accuracy": 0.9}
+            trial_lines.write(json.dumps(line | {"is_best": is_best}) + "\n")
+            times.write(json.dumps({"candidate": name, "elapsed_s": 5.0}) + "\n")
+
+
+def test_the_recipe_is_the_one_that_the_search_carried_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    add_search(run, ("probe", 0), ("firm", 1))
+    page = page_of(tmp_path, run)
+    assert "learns head all" in page.text
+    assert "epochs 1 9" in page.text
+    assert "lr 0.0077 0.0042" in page.text
+    assert "0.0123" not in page.text  # of the recipe that asked for the search
+    assert "The run holds firm , trained on the full schedule" in page.text
+    assert "best epoch 2" in page.text
+    assert re.search(r"probe best so far .* firm kept", page.text)
+
+
+@pytest.mark.parametrize(
+    ("kept", "share", "told"),
+    [
+        ("adapted", 0, "a ridge head on frozen features, with BatchNorm statistics"),
+        ("firm", 0.3, "from its short trial: the full training was no better"),
+        ("50% of firm", 1, "weights between those before and after the training"),
+        ("bold", 0.3, "from its short trial"),
+    ],
+)
+def test_an_epoch_is_marked_only_if_its_weights_were_kept(
+    tmp_path: Path, kept: str, share: float, told: str
+) -> None:
+    run = make_run(tmp_path / "r")
+    add_search(run, ("firm", 1))
+    marked = page_of(tmp_path, run)
+    add_search(run, ("firm", 1), (kept, share))
+    page = page_of(tmp_path, run)
+    assert "best epoch 2" not in page.text
+    assert f"The run holds {kept} , {told}" in page.text
+    assert page.source.count("<use") < marked.source.count("<use")
+
+
+def test_a_solved_head_has_no_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", status={"state": "finished", "best_epoch": None})
+    add_search(run, ("head", 1))
+    line = {"epoch": 0, "num_epochs": 0, "learns": "head", "train_loss": 0.5, "val_loss": None}
+    write(run / "metrics.jsonl", line | {"val_balanced_accuracy": None})
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "\n")
+    page = page_of(tmp_path, run)
+    assert "No epochs: the head was solved" in page.text
+    assert "0 of 0" not in page.text
+    assert page.count("figure") == marked_figures(page)
+
+
+def marked_figures(page: Page) -> int:
+    """Figures other than curves: the confusion matrix and the mistakes."""
+    return page.count("img") + 1
+
+
+def test_too_few_seeds_are_named_where_they_are_why_nothing_is_told(tmp_path: Path) -> None:
+    comparison = make_comparison(tmp_path / "c", verdict="cannot tell")
+    edit(comparison / "comparison.json", {"low": 0.01})
+    assert "So few seeds never give a verdict" in page_of(tmp_path, comparison).text
+    edit(comparison / "comparison.json", {"num_seeds": 6})
+    assert "So few seeds" not in page_of(tmp_path, comparison).text
 
 
 def test_a_run_that_died_at_once_can_be_shown(tmp_path: Path) -> None:
@@ -377,6 +457,7 @@ def test_mistakes_stand_in_order_and_no_more_than_24(tmp_path: Path) -> None:
     assert page.text.count("no thumbnail") == 2
 
 
+@pytest.mark.fault("L6")
 def test_a_confusion_matrix_too_large_to_read_is_left_out(tmp_path: Path) -> None:
     names = tuple(f"class {number}" for number in range(31))
     page = page_of(tmp_path, make_run(tmp_path / "large", names=names))
@@ -385,6 +466,7 @@ def test_a_confusion_matrix_too_large_to_read_is_left_out(tmp_path: Path) -> Non
     assert "3,341" in page_of(tmp_path, make_run(tmp_path / "small", names=names[:30])).text
 
 
+@pytest.mark.fault("L10")
 def test_the_page_tells_no_absolute_path(tmp_path: Path) -> None:
     reason = (
         "`/home/al ice/x/metrics.jsonl` cannot be written; see /home/alice/log and C:\\bob\\log"

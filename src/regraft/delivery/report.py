@@ -9,6 +9,7 @@ from typing import Any
 from regraft.delivery.figures import Series, arms, curves, label_efficiency, paired_differences
 from regraft.delivery.pages import placeless, rendered
 from regraft.errors import ArtefactError, UsageError, shorten
+from regraft.evaluation.compare import LEAST_SEEDS
 from regraft.progress import duration
 from regraft.run import FAILED, FINISHED, INTERRUPTED, RUNNING, SCHEMA, Run
 from regraft.storage import make_folder, read_json, read_json_lines, write_listed
@@ -125,6 +126,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "name": folder.resolve().name,
         "notices": [notice for run in (*transfer, *scratch) for notice in _notices(run)],
         "comparison": comparison,
+        "has_enough_seeds": comparison["num_seeds"] >= LEAST_SEEDS,
         "metric": metric,
         "arms": known,
         "differences": paired_differences(comparison, seeds, metric),
@@ -132,7 +134,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "curve_figure": label_efficiency(comparison, metric),
         "curves": _curves([*transfer, *scratch]),
         "run": _about(transfer[0]) if transfer else None,
-        "control": scratch[0].record["recipe"] if scratch else None,
+        "control": _recipe(scratch[0]) if scratch else None,
     }
 
 
@@ -185,17 +187,60 @@ def _about(run: Run) -> dict[str, Any]:
         "name": run.folder.resolve().name,
         "record": run.record,
         "status": _status(run),
-        "epochs": run.epochs(),
+        "epochs": _trained_epochs(run),
+        "best_epoch": _best_epoch(run),
         "duration": duration(times[-1]["elapsed_s"]) if times else None,
         "evaluation": evaluation,
         "confusion": _confusion(evaluation) if evaluation else None,
         "per_class": evaluation["per_class"][:MOST_CLASSES] if evaluation else [],
         "mistakes": _mistakes(run, evaluation) if evaluation else [],
         "plan": run.plan(),
+        "kept": _kept(run),
+        "recipe": _recipe(run),
         "trials": _trials(run, times),
         "class_names": run.class_names[:MOST_NAMES],
         "excluded": excluded,
     }
+
+
+def _winner(run: Run) -> dict[str, Any] | None:
+    """Returns what a search has chosen to train in full: a plan of one candidate."""
+    path = run.folder / "winner.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _recipe(run: Run) -> dict[str, Any]:
+    """Returns the recipe as it was carried out: a search's winner stands for its phases."""
+    recipe: dict[str, Any] = run.record["recipe"]
+    winner = _winner(run)
+    if winner is None:
+        return recipe
+    epochs = winner["epochs"]
+    phases = [
+        phase if phase["learns"] == "head" else {**phase, "epochs": epochs}
+        for phase in winner["candidates"][0]["phases"]
+    ]
+    return {**recipe, "phases": phases}
+
+
+def _kept(run: Run) -> dict[str, Any] | None:
+    """Returns the trial whose weights the Run holds; None where nothing was searched for."""
+    best = [trial for trial in run.trials() if trial["is_best"]]
+    return best[-1] if best else None
+
+
+def _best_epoch(run: Run) -> int | None:
+    """Returns the epoch whose weights the Run holds, if they are those of an epoch.
+
+    A search may keep a probe, a short trial or a blend of weights instead.
+    """
+    best: int | None = _status(run).get("best_epoch")
+    kept, winner = _kept(run), _winner(run)
+    if kept is None:
+        return best
+    if winner is None or kept["share"] < 1 or kept["candidate"] != winner["candidates"][0]["name"]:
+        return None
+    return best
 
 
 def _trials(run: Run, times: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -227,10 +272,18 @@ def _mistakes(run: Run, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _curves(runs: Sequence[Run]) -> list[str]:
-    """Returns the figures; none if no epoch has ended."""
+    """Returns the figures; none of what no epoch has measured (a solved head has no epochs)."""
     series = []
     for run in runs:
         arm = "transfer" if run.record["verb"] == "finetune" else "scratch"
-        if epochs := run.epochs():
-            series.append(Series(arm, epochs, _status(run).get("best_epoch")))
-    return [curves(series, field, label) for field, label in CURVES.items()] if series else []
+        if epochs := _trained_epochs(run):
+            series.append(Series(arm, epochs, _best_epoch(run)))
+    return [
+        curves(series, field, label)
+        for field, label in CURVES.items()
+        if any(epoch[field] is not None for one in series for epoch in one.epochs)
+    ]
+
+
+def _trained_epochs(run: Run) -> list[dict[str, Any]]:
+    return [epoch for epoch in run.epochs() if epoch["epoch"] > 0]
