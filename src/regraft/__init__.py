@@ -4,7 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regraft.api import compare, evaluate, finetune, import_weights, predict, pretrain, report
+    from regraft.api import (
+        check,
+        compare,
+        evaluate,
+        finetune,
+        import_weights,
+        predict,
+        pretrain,
+        report,
+    )
     from regraft.data.dataset import DataOptions, Dataset
     from regraft.models.backbone import Backbone
     from regraft.models.classifier import Classifier
@@ -12,6 +21,7 @@ if TYPE_CHECKING:
     from regraft.training.recipe import Phase, Recipe
 
 _HOMES = {
+    "check": "regraft.api",
     "pretrain": "regraft.api",
     "finetune": "regraft.api",
     "compare": "regraft.api",
@@ -35,6 +45,7 @@ __all__ = [
     "Phase",
     "Recipe",
     "Run",
+    "check",
     "compare",
     "evaluate",
     "finetune",

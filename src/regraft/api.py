@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from regraft.data.cache import Cache
-from regraft.data.dataset import Dataset
+from regraft.data.checks import Checked, check_data
+from regraft.data.dataset import DataOptions, Dataset
 from regraft.data.intensity import refuse_other_scales
 from regraft.data.listing import list_images
 from regraft.delivery.gate import granted
@@ -304,6 +305,27 @@ def serve(
 
     service = Service.of(Path(run), access, tell, arch=arch, engine=engine or Engine())
     web.run(service, listener)
+
+
+def check(
+    data: Sequence[Place],
+    *,
+    options: DataOptions | None = None,
+    start: Place | None = None,
+    on_progress: OnProgress = quiet,
+) -> Checked:
+    """Finds what would spoil a training: broken files, copies, leaks, wrong labels, shortcuts.
+
+    Args:
+        data: Folders; the first is what a backbone is pretrained on.
+        options: How they are read.
+        start: A Run: test images that its weights have seen are leaks.
+
+    Example:
+        >>> check(["chest_xray", "knees"]).errors
+    """
+    folders, run = [Path(folder) for folder in data], None if start is None else Path(start)
+    return check_data(folders, options or DataOptions(), start=run, on_progress=on_progress)
 
 
 def report(folders: Sequence[Place], *, out: Place) -> Path:

@@ -51,7 +51,11 @@ class DataArguments:
     per_class: Annotated[int | None, Parameter(group=DATA)] = None
     """At most this many training and this many validation images of a class."""
     allow: Annotated[tuple[str, ...], Parameter(group=DATA, negative="", show_default=False)] = ()
-    """Findings to accept: `unreadable` leaves broken files out, `leak` copies and seen images."""
+    """Findings to accept: `unreadable` leaves broken files out, `leak` copies and seen images;
+    also two-labels, group-leak, spelling."""
+    exclude_from: Annotated[str | None, Parameter(group=DATA)] = None
+    """check.json of `regraft check --json`: the files it found are left out; check.json:leak,copies
+    for some findings only."""
 
     def options(self) -> "DataOptions":
         from regraft.data.dataset import DataOptions

@@ -9,13 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from regraft.data.copies import ORDER, Copies
 from regraft.data.dataset import DataOptions
 from regraft.data.finding import ERROR, NOTE, WARNING, FileRef, Finding
+from regraft.data.looks import perceptual_hashes
+from regraft.data.precheck import Known, start_findings
 from regraft.data.survey import Picture, Survey
 from regraft.data.traits import trait_findings
 from regraft.errors import count
 from regraft.progress import Counting, quiet
+from regraft.run import Run
 
 SCHEMA = 1
 OnProgress = Callable[[str, int, int], None]
@@ -50,6 +55,7 @@ def check(
     roots: Sequence[Path],
     options: Sequence[DataOptions],
     on_progress: OnProgress = lambda _what, _done, _total: None,
+    known: Known | None = None,
 ) -> Checked:
     """Returns the findings within each dataset, and those between the first and the others.
 
@@ -57,6 +63,7 @@ def check(
         roots: The folders; the first is what a backbone is pretrained on.
         options: How each is read; `allow` accepts findings by code.
         on_progress: Told what is done, how far, and of how much.
+        known: Images that a start has seen.
 
     Raises:
         DataError: A folder is missing, or holds no class folders.
@@ -70,12 +77,12 @@ def check(
     )
     found = [*_reading_findings(survey), *copies.findings()]
     for place in range(len(roots)):
-        pictures = [one for one in survey.pictures if one.place == place]
-        flat = [
-            bool(looks_flat)
-            for one, looks_flat in zip(survey.pictures, survey.looks.flat, strict=True)
-            if one.place == place
-        ]
+        rows = [row for row, one in enumerate(survey.pictures) if one.place == place]
+        pictures = [survey.pictures[row] for row in rows]
+        flat = survey.looks.flat[rows].tolist()
+        if known is not None and rows:
+            hashes = perceptual_hashes(survey.looks.taken(np.array(rows, np.int64)))
+            found += start_findings(pictures, hashes, known)
         found += _group_findings(pictures)
         is_scaled = options[place].intensity_range is not None
         found += trait_findings(
@@ -103,12 +110,15 @@ def check_data(
         start: A Run whose weights are to be carried over.
         on_progress: Told `Counting` records.
     """
+    known = None
     if start is not None:
-        raise NotImplementedError
+        run = Run.open(start)
+        known = Known(run.seen(), run.hashes())
     return check(
         data,
         [options] * len(data),
         lambda what, done, total: on_progress(Counting(what, done, total)),
+        known,
     )
 
 

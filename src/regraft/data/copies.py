@@ -50,6 +50,7 @@ class Copies:
         alike = [
             (one, other, how)
             for first, second, how in self.near
+            if self._with_copies[first] is not self._with_copies[second]
             for rows, others in ((first, second), (second, first))
             for one in self._with_copies[rows]
             for other in self._one_of_each_kind(self._with_copies[others])
@@ -68,8 +69,8 @@ class Copies:
 
     @cached_property
     def _with_copies(self) -> dict[int, list[int]]:
-        """The exact copies of each picture that was compared, itself among them."""
-        return {rows[0]: rows for rows in self.exact.values()}
+        """The exact copies of each picture, itself among them."""
+        return {row: rows for rows in self.exact.values() for row in rows}
 
     def _one_of_each_kind(self, rows: Sequence[int]) -> list[int]:
         """Returns the first row of each dataset, split and label: enough to tell all others by."""

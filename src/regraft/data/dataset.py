@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.data.decode import UnreadableImage
+from regraft.data.exclusions import excluded_name
 from regraft.data.split import SPLITS, split_problems
 from regraft.errors import DataError, RegraftError, count, shorten
 from regraft.storage import sha256_of
@@ -34,7 +35,8 @@ class DataOptions:
         relabel: New classes from old ones, as `even=0,2,4,6,8`; classes not named are left out.
         per_class: At most this many training and this many validation images of a class.
         allow: Findings to accept: `unreadable` leaves broken files out, `leak` leaves out
-            validation and test images that are in an earlier split too.
+            validation and test images that are in an earlier split too; others are noted.
+        exclude_from: JSON of a check, whose files are left out; `FILE:CODE,CODE` for some findings.
     """
 
     csv: Path | None = None
@@ -49,9 +51,14 @@ class DataOptions:
     relabel: tuple[str, ...] = ()
     per_class: int | None = None
     allow: tuple[str, ...] = ()
+    exclude_from: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"csv": None if self.csv is None else self.csv.name}
+        placeless = {
+            "csv": None if self.csv is None else self.csv.name,
+            "exclude_from": excluded_name(self.exclude_from),
+        }
+        return asdict(self) | placeless
 
 
 @dataclass(frozen=True)

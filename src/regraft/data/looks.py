@@ -71,7 +71,20 @@ def perceptual_hash(pixels: NDArray[Any]) -> NDArray[np.int8]:
     if grey is None:
         return np.zeros(HASH_SIDE**2 - 1, np.int8)
     waves = cosines(HASH_SIDE)
-    values = (waves @ _thumb(grey) @ waves.T * _raised()).ravel()[1:]
+    return _hash(waves @ _thumb(grey) @ waves.T)
+
+
+def perceptual_hashes(looks: Looks) -> NDArray[np.int8]:
+    """Returns the perceptual hash of each picture, from its thumb."""
+    waves = cosines(HASH_SIDE)
+    hashes = np.zeros((len(looks.flat), HASH_SIDE**2 - 1), np.int8)
+    for row in np.flatnonzero(~looks.flat):
+        hashes[row] = _hash(waves @ looks.thumbs[row].astype(np.float32) @ waves.T)
+    return hashes
+
+
+def _hash(frequencies: Floats) -> NDArray[np.int8]:
+    values = (frequencies * _raised()).ravel()[1:]
     return np.rint(values * (127 / max(float(abs(values).max()), 1e-6))).astype(np.int8)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from regraft.data.dataset import DataOptions, Dataset, Sample, unreadable_problem, unusable
 from regraft.data.decode import Header, UnreadableImage, map_in_threads, read_content, read_header
+from regraft.data.exclusions import Exclusions
 from regraft.data.listing import Listed, Listing, list_folder
 from regraft.data.split import SPLITS, assign_splits, split_problems
 from regraft.data.tables import METADATA, Columns, list_metadata, list_table
@@ -57,6 +58,9 @@ class Reading:
     whole: bool
     listing: Listing = field(default_factory=Listing)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.exclusions = Exclusions.read(self.options.exclude_from)
 
     def dataset(self) -> Dataset:
         self.list_files()
@@ -137,24 +141,28 @@ class Reading:
         self.listing.images = kept
 
     def _read_headers(self) -> tuple[list[Listed], list[str], list[Header]]:
-        def read(image: Listed) -> tuple[str, Header] | UnreadableImage:
+        def read(image: Listed) -> tuple[str, Header] | tuple[str, UnreadableImage]:
+            sha256 = ""
             try:
                 content = read_content(self.root, image.path)
-                header = read_header(content)
+                raw = content if isinstance(content, bytes) else content.tobytes()
+                sha256 = hashlib.sha256(raw).hexdigest()
+                return sha256, read_header(content)
             except UnreadableImage as error:
-                return error
-            raw = content if isinstance(content, bytes) else content.tobytes()
-            return hashlib.sha256(raw).hexdigest(), header
+                return sha256, error
 
         images, hashes, headers, broken = [], [], [], []
         results = map_in_threads(read, self.listing.images)
-        for image, result in zip(self.listing.images, results, strict=True):
+        for image, (sha256, result) in zip(self.listing.images, results, strict=True):
+            if self.is_excluded(image.path, sha256):
+                continue
             if isinstance(result, UnreadableImage):
                 broken.append((image.path, result))
             else:
                 images.append(image)
-                hashes.append(result[0])
-                headers.append(result[1])
+                hashes.append(sha256)
+                headers.append(result)
+        self._tell_exclusions()
         if broken and "unreadable" in self.options.allow:
             self.listing.excluded += [(path, str(error)) for path, error in broken]
             self.notes.append(f"{count(len(broken), 'unreadable file')} left out (allowed)")
@@ -231,6 +239,18 @@ class Reading:
         if pairs:
             noun = count(len(pairs), "image has", "images have")
             self._refuse("two-labels", f"{noun} two labels with equal bytes: {shorten(pairs)}")
+
+    def is_excluded(self, path: str, sha256: str) -> bool:
+        """Whether an earlier check has found this file, which is then listed as left out."""
+        reason = self.exclusions.reason(path, sha256)
+        if reason is not None:
+            self.listing.excluded.append((path, reason))
+        return reason is not None
+
+    def _tell_exclusions(self) -> None:
+        left_out = sum(reason.startswith("found by a check") for _, reason in self.listing.excluded)
+        if self.exclusions:
+            self.notes.append(f"{count(left_out, 'file')} left out that a check has found")
 
     def group(self, images: Sequence[Listed]) -> list[Listed]:
         """Returns the images with their groups."""

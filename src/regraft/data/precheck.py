@@ -22,10 +22,7 @@ from regraft.data.looks import HASH_SIDE
 from regraft.data.survey import Picture
 from regraft.data.traits import class_findings
 
-CODES = {
-    *("leak", "near-leak", "two-labels", "near-two-labels"),
-    *("transfer-leak", "near-transfer-leak"),
-}
+CODES = {"leak", "near-leak", "two-labels", "near-two-labels"}
 
 
 @dataclass(frozen=True)
@@ -36,30 +33,60 @@ class Known:
     hashes: Mapping[str, str]
 
 
-def precheck(dataset: Dataset, cache: Cache, known: Known | None = None) -> tuple[Finding, ...]:
-    """Returns the findings, those allowed by name marked."""
-    own = [
-        _picture(1, sample, cache.digests[row].tobytes())
-        for row, sample in enumerate(dataset.samples)
-    ]
-    seen, seen_hashes = _seen(known)
-    pictures = [*seen, *own]
-    hashes = np.concatenate([seen_hashes, cache.hashes])
+def precheck(dataset: Dataset, cache: Cache) -> tuple[Finding, ...]:
+    """Returns the findings within a dataset, those allowed by name marked."""
+    pictures = pictures_of(dataset, cache)
     exact: dict[bytes, list[int]] = defaultdict(list)
     for row, one in enumerate(pictures):
-        # What a Run has seen is known by its bytes alone; so are uniform pictures.
-        is_plain = hashes[row].any() and not len(seen)
-        exact[one.pixels if is_plain else one.content].append(row)
-    judged = [row for row, one in enumerate(pictures) if one.place == 1 and one.split != "train"]
-    near = near_hashes(hashes, np.array(judged, np.int64))
-    found = list(Copies(pictures, dict(exact), near).findings())
-    found = [one for one in found if one.code in CODES]
-    if known is not None:
-        found = [one for one in found if "transfer" in one.code]
-    else:
-        found += class_findings(own, is_split=True)
+        # Uniform pictures are equal without being copies, unless the files are.
+        exact[one.pixels if cache.hashes[row].any() else one.content].append(row)
+    judged = np.array([row for row, one in enumerate(pictures) if one.split != "train"], np.int64)
+    copies = Copies(pictures, dict(exact), near_hashes(np.asarray(cache.hashes), judged))
+    found = [one for one in copies.findings() if one.code in CODES]
+    found += class_findings(pictures, is_split=True)
     allowed = set(dataset.options.allow)
     return tuple(replace(one, allowed=one.code in allowed) for one in found)
+
+
+def start_findings(
+    pictures: Sequence[Picture], hashes: NDArray[np.int8], known: Known
+) -> tuple[Finding, ...]:
+    """Returns which test images a start has seen.
+
+    Args:
+        pictures: Of one dataset.
+        hashes: Their perceptual hashes.
+        known: The images of the start.
+    """
+    seen, seen_hashes = _seen(known)
+    rows = [*seen, *(replace(one, place=1) for one in pictures)]
+    exact: dict[bytes, list[int]] = defaultdict(list)
+    for row, one in enumerate(rows):
+        exact[one.content].append(row)
+    asked = [row for row, one in enumerate(rows) if one.place == 1 and one.split == "test"]
+    near = near_hashes(np.concatenate([seen_hashes, hashes]), np.array(asked, np.int64))
+    found = Copies(rows, dict(exact), near).findings()
+    return tuple(
+        replace(
+            one,
+            told=one.told.replace(
+                "are in the first dataset, whose backbone would have seen them",
+                "were seen by the start",
+            ),
+            files=tuple(replace(ref, place=pictures[0].place) for ref in one.files),
+            pairs=(),
+        )
+        for one in found
+        if "transfer" in one.code
+    )
+
+
+def pictures_of(dataset: Dataset, cache: Cache) -> list[Picture]:
+    """Returns what copies are found by, for each sample."""
+    return [
+        _picture(0, sample, cache.digests[row].tobytes())
+        for row, sample in enumerate(dataset.samples)
+    ]
 
 
 def accepted(dataset: Dataset, findings: Sequence[Finding]) -> Dataset:

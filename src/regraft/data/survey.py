@@ -116,6 +116,9 @@ class Survey:
             self._seen += 1
             on_read(self._seen, total)
             image = reading.listing.images[row]
+            sha256 = one.content.hex() if isinstance(one, Picture) else one
+            if reading.is_excluded(image.path, sha256):
+                continue
             if isinstance(one, Picture):
                 assert isinstance(more, Header)
                 images.append(image)

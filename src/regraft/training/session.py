@@ -19,7 +19,15 @@ from regraft.data.dataset import Dataset, unusable
 from regraft.data.decode import UnreadableImage
 from regraft.data.finding import Finding
 from regraft.data.intensity import refuse_unclear, with_range
-from regraft.data.precheck import Known, accepted, encoded_hash, precheck, told
+from regraft.data.precheck import (
+    Known,
+    accepted,
+    encoded_hash,
+    pictures_of,
+    precheck,
+    start_findings,
+    told,
+)
 from regraft.engine import Engine
 from regraft.errors import RegraftError, count, shorten
 from regraft.evaluation.predictions import eval_batch, infer
@@ -149,7 +157,8 @@ class Session:
             if (kept := accepted(dataset, findings)) is not dataset:
                 cache, dataset = decoded(kept)
         if known is not None:
-            findings += precheck(dataset, cache, known)
+            own = pictures_of(dataset, cache)
+            findings += start_findings(own, np.asarray(cache.hashes), known)
         for note in dataset.notes:
             on_progress(Note(f"data: {note}"))
         for line in told(findings):
