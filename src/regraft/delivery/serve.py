@@ -245,6 +245,10 @@ class _Connection(H11Protocol):
         if not self.is_idle:
             self._cancel()
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays: one may close one's own side and wait for the answer."""
+        return not self.is_idle and not self.cycle.more_body
+
     def on_response_complete(self) -> None:
         self._expect_headers()
         super().on_response_complete()
