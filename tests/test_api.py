@@ -21,9 +21,9 @@ from regraft.errors import ArtefactError, DataError, RegraftError, UsageError
 from regraft.models.classifier import Classifier
 from regraft.progress import Note
 from regraft.run import Run
+from regraft.training.keeping import Stopped
 from regraft.training.loop import Epoch, Step
 from regraft.training.recipe import Recipe
-from regraft.training.session import Stopped
 
 MakeShapes = Callable[..., Path]
 ARCH = "resnet10t"

@@ -23,10 +23,10 @@ from regraft.run import Run
 from regraft.training import auto, loop
 from regraft.training.auto import Trial, tune
 from regraft.training.feeds import Material
+from regraft.training.keeping import Stopped
 from regraft.training.loop import Step
 from regraft.training.plan import LEAST_STEPS, Candidate, Plan, make_plan, refuse_unfitting_plan
 from regraft.training.recipe import Phase, Recipe
-from regraft.training.session import Stopped
 
 MakeShapes = Callable[..., Path]
 ENGINE = Engine("cpu", "fp32")

@@ -20,7 +20,6 @@ from regraft.delivery.service import Service, web_part
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, DataError, UsageError, count, shorten
 from regraft.evaluation.compare import LEAST_SEEDS
-from regraft.evaluation.metrics import METRICS
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.testing import (
     fitting_channels,
@@ -37,11 +36,23 @@ from regraft.models.classifier import Classifier
 from regraft.models.foreign import Import, import_classifier
 from regraft.progress import Note, OnProgress, counting, quiet
 from regraft.run import FINISHED, Run, elsewhere, refuse_existing, refuse_inside
-from regraft.storage import json_content, read_json, replace
-from regraft.training.arms import Arms, judged
+from regraft.storage import json_content, read_json, remove_folder, replace
+from regraft.training.arms import Arms
+from regraft.training.comparing import (
+    Asked,
+    again,
+    asked_before,
+    begin,
+    engine_of,
+    found_start,
+    is_comparison,
+    is_complete,
+)
 from regraft.training.plan import Plan
 from regraft.training.recipe import Recipe
-from regraft.training.session import DEFAULT_SIZE, Session, Start, transplant_table
+from regraft.training.resuming import Resumption, resume_run
+from regraft.training.session import DEFAULT_SIZE, Session
+from regraft.training.start import Start, transplant_table
 
 Data = str | Path | Dataset
 Place = str | Path
@@ -144,17 +155,10 @@ def compare(
     Example:
         >>> compare("knees", out="runs/verdict", start="runs/source")["verdict"]
     """
-    if metric not in METRICS or seeds < 1:
-        raise UsageError(
-            f"`--metric {metric}` over {seeds} seeds is not possible",
-            hint=f"use at least 1 seed and one of {', '.join(METRICS)}",
-        )
-    if not all(0 < share <= 1 for share in fractions):
-        raise UsageError(
-            f"`--fractions {','.join(map(str, fractions))}` are no shares of the training images",
-            hint="write for example `--fractions 0.1,0.25,0.5,1`",
-        )
     recipe, out = _fitting(recipe or Recipe.transfer(), "transfer"), Path(out)
+    asked = Asked(
+        seeds=seeds, metric=metric, fractions=tuple(fractions), recipe=recipe, adapt=tuple(adapt)
+    ).checked()
     if seeds < LEAST_SEEDS:
         on_progress(Note(f"note: fewer than {LEAST_SEEDS} seeds never give a verdict"))
     begun = _started(start, arch, adapt, on_progress)
@@ -162,18 +166,19 @@ def compare(
     inputs = begun.inputs(recipe, dataset)
     told = engine or Engine(), on_progress, begun.known
     session = Session.prepare(dataset, inputs, *told).pooled(recipe)
-    arms = Arms(session, begun, recipe, out, metric)
-    with writing(out, here=session.engine.is_main):
-        for seed in range(recipe.seed, recipe.seed + seeds):
-            arms.run(seed)
-        for share in sorted(set(fractions) - {1.0}):
-            for seed in range(recipe.seed, recipe.seed + seeds):
-                arms.run(seed, share)
-        shares = sorted(set(fractions) | {1.0})
-        comparison = judged(arms, shares if len(shares) > 1 else [])
-        if session.engine.is_main:
+    return _compared(Arms(session, begun, asked, out))
+
+
+def _compared(arms: Arms) -> dict[str, Any]:
+    """Trains and judges what is not done yet, and writes the comparison and its report."""
+    out, is_main = arms.out, arms.session.engine.is_main
+    with writing(out, here=is_main):
+        begin(out, arms.asked, arms.session, arms.begun)
+        comparison = arms.run_all()
+        if is_main:
             replace(out, {"comparison.json": json_content(comparison)})
             report([out], out=out / "report.html")
+            remove_folder(arms.ledger.folder)
     return comparison
 
 
@@ -207,6 +212,53 @@ def import_weights(
     for note in notes:
         on_progress(Note(f"import: {note}"))
     return classifier
+
+
+def resume(
+    folder: Place,
+    data: Place | None = None,
+    *,
+    start: Place | None = None,
+    arch: str | None = None,
+    allow_inexact: bool = False,
+    engine: Engine | None = None,
+    on_progress: OnProgress = quiet,
+) -> None:
+    """Goes on with a Run or a comparison that was stopped or killed; a finished one stays as it is.
+
+    On a processor a Run ends with the bytes it would have had without the interruption.
+
+    Args:
+        data: Where its images lie now; None: where they lay.
+        start: Of a comparison, where it lies now.
+        allow_inexact: Go on under other conditions too; the report tells.
+        engine: None: like that of the beginning.
+
+    Example:
+        >>> resume("runs/target")
+    """
+    folder = Path(folder)
+    how = Resumption(Path(data) if data else None, arch, allow_inexact, engine)
+    if is_comparison(folder):
+        is_done = is_complete(folder) or _compared_again(folder, start, how, on_progress) is None
+    else:
+        is_done = resume_run(Run.open(folder), how, on_progress) is None
+    if is_done:
+        on_progress(Note(f"`{folder}` is complete already: nothing to do"))
+
+
+def _compared_again(
+    folder: Path, start: Place | None, how: Resumption, on_progress: OnProgress
+) -> dict[str, Any]:
+    document = asked_before(folder)
+    asked = Asked.model_validate(document["asked"])
+    refuse_busy(folder)
+    begun = found_start(folder, Path(start) if start else None, asked, how.arch)
+    engine = how.engine or engine_of(document)
+    session, different = again(folder, asked, begun, how, engine, on_progress)
+    if different:
+        on_progress(Note(f"warning: not exact: {'; '.join(different)}"))
+    return _compared(Arms(session, begun, asked, folder, how))
 
 
 def evaluate(

@@ -20,6 +20,7 @@ from regraft.storage import (
     make_folder,
     parse_json,
     parse_json_lines,
+    read_json,
     read_json_lines,
     read_verified,
     remove_file,
@@ -30,9 +31,13 @@ from regraft.storage import (
 )
 
 SCHEMA = 1
-UNBORN = {"lock", "manifest.json", "samples.jsonl", "lineage.jsonl", "status.json"}
+UNBORN = {
+    "lock", "manifest.json", "samples.jsonl", "lineage.jsonl", "status.json", "plan.json", "state",
+    ".place.json",
+}  # fmt: skip
 """What a folder holds in which a Run was about to begin: its run.json is written last."""
 LOGS = ("metrics.jsonl", "times.jsonl", "trials.jsonl")
+PLACE = ".place.json"
 FINISHED, INTERRUPTED, RUNNING, FAILED = "finished", "interrupted", "running", "failed"
 
 
@@ -92,6 +97,7 @@ class Run:
         record: Mapping[str, Any],
         samples: Iterable[Mapping[str, Any]],
         seen: Iterable[Mapping[str, Any]],
+        plan: Mapping[str, Any] | None = None,
     ) -> "Run":
         """Starts a new Run.
 
@@ -100,6 +106,7 @@ class Run:
             record: For run.json.
             samples: For samples.jsonl.
             seen: Content hash and split of every image behind the weights it starts from.
+            plan: Of an earlier search, to repeat.
 
         Raises:
             UsageError: Something is there already.
@@ -112,6 +119,7 @@ class Run:
             "samples.jsonl": to_json_lines(samples).encode("ascii"),
             "lineage.jsonl": to_json_lines(seen).encode("ascii"),
             "status.json": json_content({"state": RUNNING}),
+            **({} if plan is None else {"plan.json": json_content(plan)}),
             "run.json": json_content(document),  # the last: with it the folder is a Run
         }
         remove_file(folder / MANIFEST)  # of one that was killed before it was a Run
@@ -225,12 +233,35 @@ class Run:
         """What a search had planned; None where nothing was searched for."""
         return self._document("plan.json") if (self.folder / "plan.json").is_file() else None
 
+    def winner(self) -> dict[str, Any] | None:
+        """The plan of the winner of a search; None before it is known."""
+        return self._document("winner.json") if (self.folder / "winner.json").is_file() else None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the training has taken."""
+        times = read_json_lines(self.folder / "times.jsonl")
+        return times[-1]["elapsed_s"] if times else None
+
     def write(self, name: str, document: Mapping[str, Any]) -> None:
         self.write_files({name: json_content(document)})
 
     def write_files(self, contents: Mapping[str, Content]) -> None:
         """Commits files; the manifest of the Run vouches for them."""
         replace(self.folder, contents)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the data lies and how it is read: of this machine, and in no other file."""
+        path = self.folder / PLACE
+        return read_json(path) if path.is_file() else {}
+
+    def log_resume(self, record: Mapping[str, Any]) -> None:
+        append_json_line(self.folder / "resumes.jsonl", record)
+
+    def resumes(self) -> list[dict[str, Any]]:
+        """When it was gone on with, and under which other conditions."""
+        return read_json_lines(self.folder / "resumes.jsonl")
 
     @property
     def best(self) -> Store:
@@ -248,9 +279,10 @@ class Run:
         self.best.commit(max(self.best.numbers(), default=0) + 1, contents)
         self.best.prune(keep=1)
 
-    def drop_best(self) -> None:
+    def drop_states(self) -> None:
         """Removes what `final` has made superfluous."""
         remove_folder(self.best.folder)
+        remove_folder(self.states.folder)
 
     def epochs(self) -> list[dict[str, Any]]:
         return read_json_lines(self.folder / "metrics.jsonl")
@@ -303,5 +335,5 @@ def elsewhere(lineage: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Returns the versions that a result depends on."""
-    packages = ("regraft", "torch", "timm", "numpy", "pillow")
+    packages = ("regraft", "torch", "timm", "numpy", "scipy", "scikit-learn", "pillow")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,18 @@ from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.savings import saved_images
 from regraft.evaluation.testing import predict_dataset, record_evaluation, tabulate
 from regraft.models.backbone import Backbone
+from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress
+from regraft.run import Run
+from regraft.training.comparing import Asked, Done, Ledger
+from regraft.training.keeping import Trained
 from regraft.training.loop import Epoch
 from regraft.training.plan import Plan
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Recipe
-from regraft.training.session import Session, Start, transplant_table
+from regraft.training.resuming import Resumption, resume_run
+from regraft.training.session import Session
+from regraft.training.start import Start, transplant_table
 
 
 @dataclass
@@ -29,12 +34,25 @@ class Arms:
 
     session: Session
     begun: Start
-    recipe: Recipe
+    asked: Asked
     out: Path
-    metric: str
+    how: Resumption = field(default_factory=Resumption)
     plans: dict[str, Plan | None] = field(default_factory=dict)
     found: dict[str, list[Predictions]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    ledger: Ledger = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.out / "state", self.session)
+
+    def run_all(self) -> dict[str, Any]:
+        """Trains and tests what is not done yet; returns the comparison."""
+        asked = self.asked
+        seeds = range(asked.recipe.seed, asked.recipe.seed + asked.seeds)
+        for share in (1.0, *asked.shares[:-1]):
+            for seed in seeds:
+                self.run(seed, share)
+        return judged(self, asked.shares if len(asked.shares) > 1 else [])
 
     def run(self, seed: int, share: float = 1.0) -> None:
         """Trains and tests both arms with one seed, on a share of the training images."""
@@ -44,38 +62,71 @@ class Arms:
         record = self.begun.record(moves, session.dataset)
         if share == 1:
             birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
-            self._add("probe_random", _probed(session, random))
+            self._probe("probe_random", random)
             random.load_state_dict(birth)
             if "probe_transplanted" not in self.found:
-                self._add("probe_transplanted", _probed(session, backbone))
+                self._probe("probe_transplanted", backbone)
                 told(Note(transplant_table(record["transplant"])))
         changes = {"seed": seed, "train_share": share}
-        transfer = session.resolved(self.recipe.changed(changes), backbone)
-        self._train("transfer", backbone, transfer, record)
+        transfer = session.resolved(self.asked.recipe.changed(changes), backbone)
+        self._arm("transfer", backbone, transfer, record)
         plan = self.plans["transfer"]
         # Each arm's learning rate, weight decay and BatchNorm policy follow its own goal; data,
         # splits, augmentation, batches and input size are the same.
         control = transfer.as_scratch(plan.epochs if plan else None)
-        self._train("scratch", random, session.resolved(control, random), {"verb": "pretrain"})
+        self._arm("scratch", random, session.resolved(control, random), {"verb": "pretrain"})
 
-    def _train(self, arm: str, network: Backbone, recipe: Recipe, record: dict[str, Any]) -> None:
-        session = replace(self.session, on_progress=_without_epochs(self.session.on_progress))
+    def _probe(self, name: str, backbone: Backbone) -> None:
+        done = self.ledger.next(name)
+        if done is None:
+            done = Done(_probed(self.session, backbone))
+            self.ledger.add(name, done)
+        self.found.setdefault(name, []).append(done.predictions)
+
+    def _arm(self, arm: str, network: Backbone, recipe: Recipe, record: dict[str, Any]) -> None:
         name = arm if recipe.train_share == 1 else f"{arm}@{recipe.train_share:g}"
-        began, plan = monotonic(), self.plans.get(arm)
-        folder = self.out / f"{name}-{recipe.seed}"
-        trained = session.train(network, recipe, folder, record, plan=plan)
-        if plan is not None or trained.plan is None:
-            self.seconds.setdefault(name, []).append(monotonic() - began)  # without the search
-        self.plans[arm] = trained.plan
+        plan, done = self.plans.get(arm), self.ledger.next(name)
+        if done is None:
+            trained = self._trained(
+                self.out / f"{name}-{recipe.seed}", network, recipe, record, plan
+            )
+            done = Done(self._tested(trained), trained.plan, trained.seconds)
+            self.ledger.add(name, done)
+        if done.seconds is not None and (plan is not None or done.plan is None):
+            self.seconds.setdefault(name, []).append(done.seconds)  # without the search
+        self.plans[arm] = done.plan
+        self.found.setdefault(name, []).append(done.predictions)
+        metric = self.asked.metric
+        value = point(done.predictions, metric)
+        self.session.on_progress(Note(f"{name:<8} seed {recipe.seed}: test {metric} {value:.3f}"))
+
+    def _trained(
+        self,
+        folder: Path,
+        network: Backbone,
+        recipe: Recipe,
+        record: dict[str, Any],
+        plan: Plan | None,
+    ) -> Trained:
+        session = replace(self.session, on_progress=_without_epochs(self.session.on_progress))
+        if not (folder / "run.json").is_file():
+            return session.train(network, recipe, folder, record, plan=plan)
+        run = Run.open(folder)
+        trained = resume_run(run, self.how, session.on_progress, session)
+        if trained is None:  # and killed before its test
+            winner = run.winner()
+            classifier = Classifier.load(folder, arch=self.how.arch)
+            session.engine.place(classifier)
+            found = None if winner is None else Plan.model_validate(winner)
+            return Trained(run, classifier, found, run.seconds)
+        return trained
+
+    def _tested(self, trained: Trained) -> Predictions:
+        session = self.session
         rows, dataset, cache = session.dataset.rows("test"), session.dataset, session.cache
         found = predict_dataset(trained.classifier, dataset, cache, rows, session.engine)
         record_evaluation(trained.run, found, dataset, cache, "test", write=session.engine.is_main)
-        self._add(name, found)
-        value = point(found, self.metric)
-        session.on_progress(Note(f"{name:<8} seed {recipe.seed}: test {self.metric} {value:.3f}"))
-
-    def _add(self, name: str, found: Predictions) -> None:
-        self.found.setdefault(name, []).append(found)
+        return found
 
 
 def _without_epochs(on_progress: OnProgress) -> OnProgress:
@@ -94,11 +145,11 @@ def _probed(session: Session, backbone: Backbone) -> Predictions:
 
 def judged(arms: Arms, shares: Sequence[float]) -> dict[str, Any]:
     session, found = arms.session, arms.found
-    judgement = judge(found["transfer"], found["scratch"], arms.metric)
+    judgement = judge(found["transfer"], found["scratch"], arms.asked.metric)
     curve = [
         {"share": share, "num_images": len(session.material(share).train_rows)}
         | {
-            arm: summarise(found[arm if share == 1 else f"{arm}@{share:g}"], arms.metric)
+            arm: summarise(found[arm if share == 1 else f"{arm}@{share:g}"], arms.asked.metric)
             for arm in ("transfer", "scratch")
         }
         for share in shares
@@ -112,7 +163,7 @@ def judged(arms: Arms, shares: Sequence[float]) -> dict[str, Any]:
         },
         "seconds": {arm: float(np.mean(spent)) for arm, spent in arms.seconds.items()},
         "curve": curve,
-        "saved_images": saved_images(curve, arms.metric),
+        "saved_images": saved_images(curve, arms.asked.metric),
         "chance_balanced_accuracy": 1 / len(session.dataset.class_names),
         "class_names": list(session.dataset.class_names),
         "data": {

@@ -1,12 +1,9 @@
 """One training from data to a finished Run: prepare, train, write."""
 
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -15,8 +12,7 @@ from torch import Tensor
 
 from regraft.data.batches import ONLY, Shard, eval_batches
 from regraft.data.cache import Cache
-from regraft.data.dataset import Dataset, unusable
-from regraft.data.decode import UnreadableImage
+from regraft.data.dataset import Dataset
 from regraft.data.finding import Finding
 from regraft.data.intensity import refuse_unclear, with_range
 from regraft.data.precheck import (
@@ -29,20 +25,21 @@ from regraft.data.precheck import (
     told,
 )
 from regraft.engine import Engine
-from regraft.errors import RegraftError, count, shorten
+from regraft.errors import count
 from regraft.evaluation.predictions import eval_batch, infer
 from regraft.evaluation.testing import fitting_channels, labelled
 from regraft.inputs import InputSpec
 from regraft.locks import writing
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
-from regraft.models.weights import Move, transplant
 from regraft.progress import Note, OnProgress, counting, duration, quiet
-from regraft.run import FAILED, FINISHED, INTERRUPTED, Run, elsewhere, refuse_existing
-from regraft.training.auto import Trial, tune
+from regraft.run import PLACE, Run, refuse_existing
+from regraft.storage import Store, make_folder, write_json
+from regraft.training.auto import tune
+from regraft.training.contract import contract, place
 from regraft.training.feeds import Material
-from regraft.training.loop import Epoch, Step, fit, to_json
-from regraft.training.losses import SYNC_STEPS, Diverged
+from regraft.training.keeping import FIRST_COST, Keeper, Trained
+from regraft.training.loop import fit
 from regraft.training.optim import (
     adapt_batch_norm,
     refuse_frozen_random,
@@ -54,62 +51,6 @@ from regraft.training.recipe import Recipe
 
 POOLED_BELOW = 500  # images: fewer are judged in folds, not by a small split; assumed
 DEFAULT_SIZE = (224, 224)  # Krizhevsky et al. 2012 and most architectures since
-
-
-class Stopped(RegraftError):
-    """A signal ended the training; what was learned so far is saved."""
-
-    code = "stopped"
-
-    def __init__(self, run: Run, number: int, best: int | None) -> None:
-        what = f"epoch {best}, the best so far, is" if best else "what was learned so far is"
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; {what} saved in `{run.folder}`",
-            hint=f"it can be used as it is: `regraft evaluate {run.folder} DATA`",
-        )
-        self.exit_code = 128 + number  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training leaves: the Run, the Classifier in it, and the plan of a search's winner."""
-
-    run: Run
-    classifier: Classifier
-    plan: Plan | None
-
-
-@dataclass
-class _Kept:
-    """What a training tells, written into its Run."""
-
-    run: Run
-    classifier: Classifier
-    writes: bool
-    best: int | None = None
-    chosen: str | None = None
-    plan: Plan | None = None
-
-    @property
-    def status(self) -> dict[str, Any]:
-        return {"best_epoch": self.best} | ({"chosen": self.chosen} if self.chosen else {})
-
-    def take(self, told: object) -> None:
-        if isinstance(told, Epoch):
-            self.best = told.epoch if told.is_best else self.best
-            if self.writes:
-                self.run.append_epoch(*to_json(told))
-        elif isinstance(told, Trial):
-            self.chosen = told.candidate if told.is_best else self.chosen
-            if self.writes:
-                self.run.append_trial(*told.to_json())
-                if told.is_best:  # from here on the Run holds a classifier, whatever comes
-                    self.run.keep_best(self.classifier.contents())
-        elif isinstance(told, Plan):
-            if self.writes:
-                name = "plan.json" if self.plan is None else "winner.json"
-                self.run.write(name, told.model_dump(mode="json"))
-            self.plan = told
 
 
 @dataclass(frozen=True)
@@ -266,69 +207,53 @@ class Session:
             refuse_existing(out)
         refuse_frozen_random(backbone, recipe)
         refuse_single_images(backbone, recipe, len(self.dataset.rows("train")))
-        with writing(out, here=self.engine.is_main):
-            return self._train(backbone, recipe, out, record, plan, random)
-
-    def _train(
-        self,
-        backbone: Backbone,
-        recipe: Recipe,
-        out: Path,
-        record: dict[str, Any],
-        plan: Plan | None,
-        random: Callable[[], Backbone] | None,
-    ) -> Trained:
-        classifier = Classifier(backbone, self.dataset.class_names, seed=recipe.seed)
-        self.engine.place(classifier)
-        run = self._create_run(classifier, recipe, out, record)
-        own = {"verb": record["verb"], "run": run.record["id"], "data": self.dataset.fingerprint}
-        own |= {"train_images": len(self.dataset.rows("train")), "arch": backbone.arch}
-        classifier.lineage = (*record.get("lineage", ()), own)
-        kept = _Kept(run, classifier, self.engine.is_main)
-        caught: list[int] = []
         material = self.material(recipe.train_share, recipe.seed)
         if plan is not None:
             refuse_unfitting_plan(plan, recipe, material, backbone)
-        if recipe.search == "none":
-            training: Generator[Any, None, None] = fit(classifier, material, recipe, self.engine)
-        else:
-            training = tune(classifier, material, recipe, self.engine, plan=plan, random=random)
-        try:
-            with _signals(caught), closing(training):  # closed, it leaves the best weights
-                for told in training:
-                    kept.take(told)
-                    self.on_progress(told)
-                    if self._all_stop(caught, told):
-                        break
-        except BaseException as error:  # whatever ends it: no Run stays `running`
-            if self.engine.is_main:
-                if kept.best is not None and isinstance(error, Diverged):
-                    run.keep_best(classifier.contents())
-                reason = str(error).split("\n")[0] or repr(error)
-                run.set_status(FAILED, reason=reason, **kept.status)
-            raise
-        if self.engine.is_main:
-            if caught:
-                run.keep_best(classifier.contents())
-            else:
-                classifier.save(run.final)
-            run.set_status(INTERRUPTED if caught else FINISHED, **kept.status)
-            if not caught:
-                run.drop_best()
-        self.engine.wait()
-        if caught:
-            raise Stopped(run, caught[0], kept.best)
-        return Trained(run, classifier, kept.plan)
+        classifier = Classifier(backbone, self.dataset.class_names, seed=recipe.seed)
+        classifier.lineage = tuple(record.get("lineage", ()))
+        self.engine.place(classifier)
+        with writing(out, here=self.engine.is_main):
+            began = monotonic()
+            run = self._create_run(classifier, recipe, out, record, plan)
+            keeper = self.keeper(run, classifier)
+            keeper.cost_s = FIRST_COST * (monotonic() - began)
+            return self.carry_on(keeper, recipe, plan=plan, random=random)
 
-    def _all_stop(self, caught: list[int], told: object) -> bool:
-        """Whether to stop here: several processes must agree, and at the same step."""
-        if self.engine.shard[1] == 1:
-            return bool(caught)
-        if not isinstance(told, Step) or told.step % SYNC_STEPS:
-            return False
-        if stop := self.engine.any(bool(caught)):
-            caught.append(signal.SIGTERM)  # where the signal came to another process
-        return stop
+    def keeper(self, run: Run, classifier: Classifier) -> Keeper:
+        """Returns what writes the Run; the classifier is as before any training."""
+        state = classifier.state_dict()
+        origin = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        return Keeper(run, classifier, origin, self.engine)
+
+    def carry_on(
+        self,
+        keeper: Keeper,
+        recipe: Recipe,
+        *,
+        plan: Plan | None = None,
+        random: Callable[[], Backbone] | None = None,
+    ) -> Trained:
+        """Trains from where the keeper is, to the end; the Run is held for writing.
+
+        Raises:
+            Stopped: A signal came; all that was done is saved.
+        """
+        run, classifier, engine = keeper.run, keeper.classifier, self.engine
+        own = {"verb": run.record["verb"], "run": run.record["id"]}
+        own |= {"data": self.dataset.fingerprint, "arch": classifier.backbone.arch}
+        own |= {"train_images": len(self.dataset.rows("train"))}
+        classifier.lineage = (*classifier.lineage, own)
+        material, bookmark = self.material(recipe.train_share, recipe.seed), keeper.bookmark
+        if recipe.search == "none":
+            training: Generator[Any, None, None] = fit(
+                classifier, material, recipe, engine, bookmark=bookmark
+            )
+        else:
+            training = tune(
+                classifier, material, recipe, engine, plan=plan, random=random, bookmark=bookmark
+            )
+        return keeper.drive(training, self.on_progress)
 
     def material(self, share: float = 1.0, seed: int = 0) -> Material:
         """Returns what may be learned from: no test rows, and a share of the training rows."""
@@ -339,7 +264,8 @@ class Session:
         names = [sample.group or sample.sha256 for sample in data.samples]
         groups = np.unique(names, return_inverse=True)[1]
         rows = train, data.rows("val")
-        return Material(self.cache.images, data.labels, *rows, groups, self.cache.key)
+        paths = tuple(sample.path for sample in data.samples)
+        return Material(self.cache.images, data.labels, *rows, groups, self.cache.key, paths)
 
     def estimate(self, backbone: Backbone, recipes: Sequence[Recipe]) -> None:
         """Tells how long these trainings will take, from a measured step."""
@@ -369,9 +295,14 @@ class Session:
         )
 
     def _create_run(
-        self, classifier: Classifier, recipe: Recipe, out: Path, record: dict[str, Any]
+        self,
+        classifier: Classifier,
+        recipe: Recipe,
+        out: Path,
+        record: dict[str, Any],
+        plan: Plan | None,
     ) -> Run:
-        data = self.dataset
+        data, backbone = self.dataset, classifier.backbone
         document = {
             "verb": record["verb"],
             "arch": classifier.backbone.arch,
@@ -390,7 +321,9 @@ class Session:
             },
             "start": record.get("start"),
             "transplant": record.get("transplant"),
+            "random": "all" if backbone.is_random else sorted(backbone.random),
             "engine": self.engine.describe(),
+            "contract": contract(self.engine),
         }
         samples = [
             labelled(sample) | {"phash": encoded_hash(values)}
@@ -403,117 +336,14 @@ class Session:
             for sha, split in record.get("seen", {}).items()
         ]
         if self.engine.is_main:
-            Run.create(out, document, samples + excluded, seen)
+            repeated = None if plan is None else plan.model_dump(mode="json")
+            states = Store(out / "state")
+            make_folder(states.folder)
+            states.commit(0, classifier.contents())  # the origin: what stays frozen is not again
+            write_json(out / PLACE, place(data))
+            Run.create(out, document, samples + excluded, seen, repeated)
         self.engine.wait()
         return Run.open(out)
-
-
-@dataclass(frozen=True)
-class Start:
-    """A trained classifier whose backbone is to be transplanted, again and again."""
-
-    classifier: Classifier
-    run: Run | None
-    arch: str
-    adapt: tuple[str, ...]
-
-    @classmethod
-    def load(cls, folder: Path, arch: str | None, adapt: Sequence[str]) -> "Start":
-        """Reads a Run, or a bare classifier folder.
-
-        Raises:
-            ArtefactError: It is none, or damaged.
-        """
-        if folder.name == "final" and (folder.parent / "run.json").is_file():
-            folder = folder.parent  # the Run knows which images its weights have seen
-        run = Run.open(folder) if (folder / "run.json").is_file() else None
-        classifier = Classifier.load(folder, arch=arch, needs_head=False)
-        return cls(classifier, run, arch or classifier.backbone.arch, tuple(adapt))
-
-    def inputs(self, recipe: Recipe, dataset: Dataset) -> InputSpec:
-        """Returns what the transplanted backbone expects; mean and std stay the start's."""
-        own = self.classifier.inputs
-        size = own.size if recipe.image_size == "auto" else recipe.image_size
-        channels = dataset.channels if "channels" in self.adapt else own.channels
-        if recipe.channels != "auto":
-            channels = recipe.channels
-        return replace(own.with_channels(channels), size=size)
-
-    def random_backbone(self, inputs: InputSpec, seed: int | None) -> Backbone:
-        """Returns the architecture with random weights; seed None: with none worth the name."""
-        return Backbone.create(self.arch, inputs, seed=seed)
-
-    def backbone(self, inputs: InputSpec, seed: int) -> tuple[Backbone, list[Move]]:
-        """Returns a new backbone with the start's weights, and the table of what moved."""
-        # Where every tensor is taken over, none need be drawn first.
-        target = self.random_backbone(inputs, seed if self.adapt else None)
-        source = self.classifier.backbone.resized(inputs.size)
-        return target, transplant(source, target, self.adapt)
-
-    def record(self, moves: Sequence[Move], dataset: Dataset) -> dict[str, Any]:
-        """Returns what the new Run keeps of its start."""
-        head, names = self.classifier.head, self.classifier.class_names
-        rows = [vars(move) for move in moves]
-        rows.append(_head_row("dropped", head.in_features, len(names)))
-        rows.append(_head_row("new", head.in_features, len(dataset.class_names)))
-        return {
-            "verb": "finetune",
-            "start": {
-                "run": self.run.record["id"] if self.run else None,
-                "arch": self.classifier.backbone.arch,
-                "class_names": list(names),
-                "data": [record["data"] for record in self.classifier.lineage if "data" in record],
-                "elsewhere": elsewhere(self.classifier.lineage),
-            },
-            "transplant": rows,
-            "lineage": self.classifier.lineage,
-            "seen": self.known.splits,
-            "hashes": self.known.hashes,
-        }
-
-    @cached_property
-    def known(self) -> Known:
-        """What is known of the images that its weights have seen."""
-        return Known({}, {}) if self.run is None else Known(self.run.seen(), self.run.hashes())
-
-    def unseen(self, dataset: Dataset) -> Dataset:
-        """Returns the dataset, without test images that the start was trained on where allowed.
-
-        Raises:
-            DataError: There are some, and nobody has allowed to leave them out.
-        """
-        used = {sha256 for sha256, split in self.known.splits.items() if split != "test"}
-        known = [s for s in dataset.samples if s.split == "test" and s.sha256 in used]
-        if known and "leak" in dataset.options.allow:
-            reason = UnreadableImage("leak", "the start was trained on it")
-            return dataset.without([(sample, reason) for sample in known])
-        if known:
-            raise unusable(
-                dataset.root,
-                [
-                    f"the start was trained on {count(len(known), 'test image')}, "
-                    f"e.g. {shorten(sample.path for sample in known)}"
-                ],
-                hint="use other test images, or a start that has not seen these, or leave them "
-                "out with `--allow leak`",
-            )
-        return dataset
-
-
-def transplant_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the table of what moved, for people."""
-    lines = ["transplant:   part      what      tensors  values (millions)"]
-    for row in rows:
-        millions = row["num_values"] / 1e6
-        lines.append(
-            f"{'':14}{row['stage']:<9} {row['what']:<9} {row['num_tensors']:>7}  {millions:.3f}"
-        )
-    taken = sum(row["num_values"] for row in rows if row["what"] == "taken")
-    backbone = sum(row["num_values"] for row in rows if row["stage"] != "head")
-    lines.append(
-        f"              {taken / backbone:.1%} of the backbone taken, checked after loading"
-    )
-    return "\n".join(lines)
 
 
 def _drawn(
@@ -524,33 +354,3 @@ def _drawn(
     of_class = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
     drawn = [generator.permutation(own)[: max(1, round(share * len(own)))] for own in of_class]
     return np.sort(np.concatenate(drawn))
-
-
-def _head_row(what: str, width: int, num_classes: int) -> dict[str, Any]:
-    return {
-        "stage": "head",
-        "what": what,
-        "num_tensors": 2,
-        "num_values": (width + 1) * num_classes,
-    }
-
-
-@contextmanager
-def _signals(caught: list[int]) -> Iterator[None]:
-    """Notes the first INT or TERM, so that the loop ends between two steps; a second INT acts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
