@@ -12,8 +12,9 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import check, foreign, models, serving, training
+from regraft.commands import check, foreign, models, resuming, serving, training
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
+from regraft.signals import raised
 from regraft.terminal import print_error, speaks, tell
 
 app = App(
@@ -28,6 +29,7 @@ for command in (
     training.pretrain,
     training.finetune,
     training.compare,
+    resuming.resume,
     training.recipe,
     models.evaluate,
     models.predict,
@@ -49,7 +51,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         _settle_processes(given)
         tokens = [argument for argument in given if argument != "--debug"]
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with raised():
+            app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except RegraftError as error:
         print_error(error)
         if debug:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from regraft.errors import RegraftError, count
@@ -167,6 +167,11 @@ class Teller:
         self.spoke = time.monotonic()
 
     def __call__(self, record: Any) -> None:
+        """Shows a record; where nobody reads any more (a closed terminal), work goes on."""
+        with suppress(OSError):
+            self._show(record)
+
+    def _show(self, record: Any) -> None:
         from regraft.progress import Counting, Note
 
         if isinstance(record, Note):

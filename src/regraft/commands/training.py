@@ -49,7 +49,7 @@ def pretrain(
             engine=training.engine(),
             on_progress=told,
         )
-    _finished(run.folder, run.status, data)
+    finished(run.folder, run.status, data)
 
 
 def finetune(
@@ -102,7 +102,7 @@ def finetune(
             engine=training.engine(),
             on_progress=told,
         )
-    _finished(run.folder, run.status, data)
+    finished(run.folder, run.status, data)
 
 
 def compare(
@@ -205,7 +205,7 @@ def demo(*, out: Path = Path("regraft-demo"), seeds: int = 6) -> None:
     print("next:   regraft pretrain YOUR_IMAGES --out runs/source")
 
 
-def _finished(folder: Path, status: dict[str, Any], data: Path) -> None:
+def finished(folder: Path, status: dict[str, Any], data: Path) -> None:
     best, chosen = status["best_epoch"], status.get("chosen")
     kept = f"best epoch {best}" if best else "the last epoch, or the head as solved"
     print(f"run: {folder} ({f'chosen: {chosen}' if chosen else kept})")
