@@ -120,6 +120,17 @@ def test_the_rescale_of_the_modality_is_applied_exactly(
     np.testing.assert_array_equal(pixels[:, :, 0], RAMP.astype(float) * slope + intercept)
 
 
+@pytest.mark.parametrize(("kind", "least"), [("int16", -2000), ("uint16", 0)])
+def test_a_ct_in_16_stored_bits_stays_in_16_bits(kind: str, least: int) -> None:
+    stored = np.array([[least, 3071], [0, 1024]], kind)
+    content = dicom(stored, RescaleSlope=1, RescaleIntercept=-1024)
+    assert read_header(content).pixel_type == "int16"
+    assert read_whole(content)[:, :, 0].tolist() == [[least - 1024, 2047], [-1024, 0]]
+    stored[0, 0] = np.iinfo(kind).max if least == 0 else np.iinfo(kind).min
+    beyond = dicom(stored, RescaleSlope=1, RescaleIntercept=-1024)
+    assert refusal(beyond) == "mode: its rescaled values leave 16 bits"
+
+
 def test_a_modality_table_is_applied() -> None:
     table = Tags()
     entries = np.array([7, 70, 700, 7000], "<u2").tobytes()

@@ -76,7 +76,11 @@ def dicom_pixels(content: bytes) -> Pixels:
     if photometric == "MONOCHROME1":
         low, high = _stored_range(dataset)
         stored = low + high - stored.astype(np.int64)
-    return _rescaled(dataset, stored).astype(header.pixel_type)
+    values = _rescaled(dataset, stored)
+    ends = np.iinfo(np.int16)
+    if header.pixel_type == "int16" and not ends.min <= values.min() <= values.max() <= ends.max:
+        raise UnreadableImage("mode", "its rescaled values leave 16 bits")
+    return values.astype(header.pixel_type)
 
 
 def patient_group(identifier: str) -> str:
@@ -158,7 +162,8 @@ def _grey_type(dataset: Any) -> str:
     for name in ("uint8", "uint16", "int16"):
         if np.iinfo(name).min <= ends[0] and ends[1] <= np.iinfo(name).max:
             return name
-    return "float32"
+    # A CT in 16 stored bits could reach -33,792, and never does: `dicom_pixels` makes sure.
+    return "int16" if ends[0] < 0 else "float32"
 
 
 def _rescale(dataset: Any) -> tuple[float, float]:
