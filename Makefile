@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp carries the checksum of what it installed: a .venv that is right starts at once.
 READY := .venv/ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-all lint bench quality faults
+.PHONY: setup demo test test-all lint bench quality faults fuzz
 setup: $(READY)
 
 $(READY):
@@ -38,3 +38,7 @@ bench: setup
 
 quality: setup
 	$(BIN)/python benchmarks/quality.py
+
+# Random damage to images of every format, for a minute; findings are kept in fuzz-findings/.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py --seconds 60

@@ -93,7 +93,8 @@ class _TiffPage:
             self.is_cmyk = self.photometric == CMYK and int(page.samplesperpixel) == 4
             tag = page.tags.get(ORIENTATION)
             self.orientation = int(tag.value) if tag is not None else 1
-            self.shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
+            sizes = (page.imagelength, page.imagewidth, page.samplesperpixel)
+            self.shape = (int(sizes[0]), int(sizes[1]), int(sizes[2]))
             is_flat, bits = page.imagedepth == 1, page.dtype.itemsize if page.dtype else 0
         except Exception as error:  # tifffile raises anything on damaged files
             raise UnreadableImage("damaged", f"not a whole TIFF: {error}"[:140]) from error
@@ -111,6 +112,10 @@ class _TiffPage:
     def values(self) -> Any:
         """Returns all bands, (height, width, bands)."""
         try:
+            held_parts, parts = list(self.page.databytecounts), int(np.prod(self.page.chunked))
+            # tifffile fills up what is missing, silently.
+            if len(held_parts) < parts or not all(held_parts[:parts]):
+                raise ValueError("strips or tiles failed to read: they are missing")
             values = self.page.asarray()
             if self.page.axes == "SYX":  # planar: a plane for each band
                 values = np.moveaxis(values, 0, 2)

@@ -6,6 +6,7 @@ but in `deep.py`.
 
 import io
 import logging
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 JPEG_MARGIN = 2  # measured: within 1/255 of a full decode (99.9 % of pixels), 2 to 8 times as fast
 # Pillow's plugins raise these on damaged files.
 DAMAGES = (OSError, ValueError, SyntaxError, IndexError, TypeError, KeyError, OverflowError,
-           AttributeError, RuntimeError, MemoryError, EOFError)  # fmt: skip
+           AttributeError, RuntimeError, MemoryError, EOFError, struct.error)  # fmt: skip
 IS_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 GREY = ("1", "L", "LA")
 
@@ -34,7 +35,10 @@ def picture_header(content: bytes, kind: str) -> Header | None:
     if image is None:
         return None
     with image:
-        has_frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+        try:  # a GIF looks for its next frame only now
+            has_frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+        except DAMAGES as error:
+            raise UnreadableImage("damaged", _told(error)) from error
         is_grey = image.mode in GREY or image.mode in IS_16_BIT
         pixel_type = "uint16" if image.mode in IS_16_BIT else "uint8"
         return Header((image.height, image.width), 1 if is_grey else 3, pixel_type, has_frames)
