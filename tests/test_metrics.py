@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
@@ -133,8 +135,27 @@ def test_a_class_without_test_images_counts_in_no_average() -> None:
     extended = Predictions(found.paths, (*found.class_names, "rare"), probabilities, found.truth)
     assert point(extended, "balanced_accuracy") == pytest.approx(point(found, "balanced_accuracy"))
     assert evaluate_predictions(extended)["per_class"][2] == {
-        "class": "rare", "n": 0, "precision": None, "recall": None, "f1": None,
+        "class": "rare", "n": 0, "precision": None, "recall": None, "f1": None, "intervals": {},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_scores_of_a_class_have_intervals_around_them(grouped: bool) -> None:
+    found = random_predictions(120, 3)
+    groups = tuple(f"patient {row // 4}" for row in range(120)) if grouped else None
+    table = replace(found, groups=groups)
+    for row in evaluate_predictions(table)["per_class"]:
+        for score in ("precision", "recall", "f1"):
+            low, high = row["intervals"][score]
+            assert 0 <= low < row[score] < high <= 1
+            assert 0.05 < high - low < 0.6
+    certain = Predictions(
+        tuple("abcdef"), ("x", "y"), np.tile([0.9, 0.1], (6, 1)), np.zeros(6, np.int64)
+    )
+    row = evaluate_predictions(certain)["per_class"][0]
+    low, high = row["intervals"]["recall"]
+    assert (row["recall"], high) == (1.0, 1.0)
+    assert low == pytest.approx(0.61, abs=0.01)  # Wilson 1927: 6 of 6
 
 
 def test_the_csv_is_safe_for_spreadsheets_and_tells_broken_files() -> None:

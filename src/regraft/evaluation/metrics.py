@@ -30,9 +30,12 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     confusion = _confusion(predictions)
     scores = _score_intervals(confusion) if predictions.groups is None else {}
     draws: dict[str, list[Array]] = {name: [] for name in metrics if name not in scores}
+    of_classes: list[Array] = []
+    tallies = _tallies(predictions)
     for weights_RN in bootstrap_weights(truth, predictions.groups, RESAMPLES):
         for name, drawn in draws.items():
             drawn.append(metrics[name](weights_RN))
+        of_classes.append(_class_scores(*tallies(weights_RN)))
     ones = np.ones((1, len(predictions.paths)))
     for name, metric in metrics.items():
         interval = scores.get(name) or _percentiles(np.concatenate(draws[name]))
@@ -41,7 +44,9 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         document[name] = dict(zip(("value", "low", "high"), told, strict=True))
     document["class_names"] = list(predictions.class_names)
     document["confusion"] = confusion.tolist()
-    document["per_class"] = _per_class(predictions.class_names, confusion)
+    document["per_class"] = _per_class(
+        predictions.class_names, confusion, np.concatenate(of_classes, axis=1)
+    )
     return document
 
 
@@ -212,23 +217,43 @@ def _confusion(predictions: Predictions) -> NDArray[np.int64]:
     return np.bincount(cells, minlength=number * number).reshape(number, number)
 
 
-def _per_class(names: tuple[str, ...], confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
+CLASS_SCORES = ("precision", "recall", "f1")
+
+
+def _class_scores(hits: Array, shown: Array, said: Array) -> Array:
+    """Returns 3xRxK values, in the order of `CLASS_SCORES`; nan where one is not defined."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.stack([hits / said, hits / shown, 2 * hits / (shown + said)])
+
+
+def _per_class(
+    names: tuple[str, ...], confusion: NDArray[np.int64], draws_3RK: Array
+) -> list[dict[str, Any]]:
+    """Returns a row for each class: the scores, and 95 % `intervals` of those that are defined.
+
+    Resamples of a class that is all right or all wrong have no spread, and would claim to be
+    certain: Wilson's interval of precision and recall is the least.
+    """
+    hits_K = np.diag(confusion).astype(float)
+    shown_K, said_K = confusion.sum(axis=1), confusion.sum(axis=0)
+    values_3K = _class_scores(hits_K[None], shown_K[None], said_K[None])[:, 0]
     table = []
     for label, name in enumerate(names):
-        hits, shown, said = (
-            confusion[label, label],
-            confusion[label].sum(),
-            confusion[:, label].sum(),
-        )
-        table.append(
-            {
-                "class": name,
-                "n": int(shown),
-                "precision": float(hits / said) if said else None,
-                "recall": float(hits / shown) if shown else None,
-                "f1": float(2 * hits / (shown + said)) if shown + said else None,
-            }
-        )
+        row: dict[str, Any] = {"class": name, "n": int(shown_K[label])}
+        intervals: dict[str, list[float]] = {}
+        for score, number in enumerate(CLASS_SCORES):
+            value = values_3K[score, label]
+            row[number] = float(value) if np.isfinite(value) else None
+            if row[number] is None:
+                continue
+            low, high = _percentiles(draws_3RK[score, :, label])
+            ends = [value if np.isnan(end) else end for end in (low, high)]
+            if number != "f1":
+                of = (said_K if number == "precision" else shown_K)[label]
+                least, most = _wilson(hits_K[label], of)
+                ends = [min(ends[0], least), max(ends[1], most)]
+            intervals[number] = [float(min(ends[0], value)), float(max(ends[1], value))]
+        table.append(row | {"intervals": intervals})
     return table
 
 
