@@ -126,6 +126,21 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
+def cut_off(content: bytes) -> bytes:
+    """Returns what stands at the end of a log and is no whole line: an append that a crash cut off.
+
+    After a power loss it may have zeros for bytes, and still end a line.
+    """
+    start = content.rfind(b"\n", 0, -1) + 1
+    last = content[start:]
+    try:
+        if last.endswith(b"\n") and _parsed(last) is not None:
+            return b""
+    except (ValueError, RecursionError):
+        pass
+    return last
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """Returns the documents; none if the file does not exist yet.
 

@@ -22,6 +22,7 @@ from regraft.storage import (
     parse_json_lines,
     read_json,
     read_json_lines,
+    read_log,
     read_verified,
     remove_file,
     remove_folder,
@@ -227,7 +228,7 @@ class Run:
 
     def trials(self) -> list[dict[str, Any]]:
         """What a search has tried."""
-        return read_json_lines(self.folder / "trials.jsonl")
+        return read_log(self.folder / "trials.jsonl")
 
     def plan(self) -> dict[str, Any] | None:
         """What a search had planned; None where nothing was searched for."""
@@ -285,7 +286,7 @@ class Run:
         remove_folder(self.states.folder)
 
     def epochs(self) -> list[dict[str, Any]]:
-        return read_json_lines(self.folder / "metrics.jsonl")
+        return read_log(self.folder / "metrics.jsonl")
 
     @property
     def final(self) -> Path:

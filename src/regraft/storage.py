@@ -20,6 +20,8 @@ from typing import Any
 
 from regraft import disk
 from regraft.documents import (
+    MOST_JSON_BYTES,
+    cut_off,
     json_content,
     parse_json,
     parse_json_lines,
@@ -46,7 +48,8 @@ from regraft.manifests import (
 __all__ = [  # reading is a room of its own, and this the door
     "MANIFEST", "Content", "Entry", "Manifest", "Step", "Store", "append_json_line", "cache_home",
     "committed", "committed_folder", "cut_log", "holds", "is_whole", "json_content", "make_cache",
-    "make_folder", "parse_json", "parse_json_lines", "read_json", "read_json_lines", "read_regular",
+    "make_folder", "parse_json", "parse_json_lines", "read_json", "read_json_lines", "read_log",
+    "read_regular",
     "read_verified", "remove_file", "remove_folder", "remove_leftovers", "replace", "sha256_of",
     "sha256_of_file", "to_json", "to_json_lines", "verify_manifest", "write_bytes", "write_file",
     "write_folder", "write_json", "write_listed", "write_manifest", "write_text",
@@ -557,9 +560,22 @@ def cut_log(path: Path, size: int) -> None:
 
 def _whole_lines(path: Path) -> int:
     """Returns the size of the log without a last line that was cut off."""
-    with path.open("rb") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        if not end or (stream.seek(end - 1), stream.read(1))[1] == b"\n":
-            return end
-        stream.seek(0)
-        return stream.read().rfind(b"\n") + 1
+    content = path.read_bytes()
+    return len(content) - len(cut_off(content))
+
+
+def read_log(path: Path) -> list[Any]:
+    """Returns the documents of a log, none where it does not exist yet.
+
+    What a crash has cut off at its end is left out, but not what the manifest vouches for.
+
+    Raises:
+        ArtefactError: A line is not JSON, or not what was saved.
+    """
+    if not path.exists():
+        return []
+    if (path.parent / MANIFEST).is_file() and path.name in Manifest.open(path.parent).entries:
+        content = read_verified(path.parent, path.name)
+    else:
+        content = read_regular(path, MOST_JSON_BYTES)
+    return parse_json_lines(content[: len(content) - len(cut_off(content))], path)
