@@ -31,6 +31,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
+SPARE_VALUES = 10_000_000  # of children that are dropped, and never saved; assumed
+
+
 class Backbone(nn.Module):
     """Images to features: a network without its classifier, ending in global average pooling.
 
@@ -249,6 +252,29 @@ def whole_network(arch: str, inputs: InputSpec, num_classes: int) -> nn.Module |
     if hasattr(network, "set_input_size"):
         network.set_input_size(img_size=inputs.size)  # type: ignore[operator]
     return network.eval()
+
+
+def refuse_larger(arch: str, inputs: InputSpec, num_values: int) -> None:
+    """Refuses to build a network that is far larger than the weights that are to fill it.
+
+    It is built without memory first: a small file may name a network of gigabytes.
+
+    Raises:
+        UsageError: It is, or there is no such network.
+    """
+    import timm
+
+    if is_own(arch) or not timm.is_model(arch):
+        return  # of the user's own code, or told by `Backbone.create`
+    with torch.device("meta"):
+        narrow = {"mlp_ratio": 1 / 512} if arch.startswith("vgg") else {}
+        body = timm.create_model(arch, num_classes=0, in_chans=inputs.channels, **narrow)
+    needed = sum(tensor.numel() for tensor in body.state_dict().values())
+    if needed > 2 * num_values + SPARE_VALUES:
+        raise UsageError(
+            f"`{arch}` has {needed:,} values, the file has {num_values:,}",
+            hint="check where the file comes from",
+        )
 
 
 def _drop_unused(body: nn.Module, inputs: InputSpec) -> None:
