@@ -27,7 +27,16 @@ ROWS = [
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 COMMANDS = {
     f"commands/{name}.py"
-    for name in ("arguments", "check", "foreign", "models", "resuming", "serving", "training")
+    for name in (
+        "arguments",
+        "check",
+        "foreign",
+        "models",
+        "resuming",
+        "serving",
+        "training",
+        "verify",
+    )
 }
 DOORS = {
     "timm": {"models/backbone.py"},

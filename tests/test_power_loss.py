@@ -183,7 +183,7 @@ class WholeRun(Writer):
         final = {"model.json": b"3", "model.safetensors": b"www"}
         storage.write_folder(run.final, final, "final")
         run.set_status(FINISHED)
-        run.drop_best()
+        run.drop_states()
 
     def record(self) -> dict[str, Any]:
         data: dict[str, Any] = {"name": "d", "fingerprint": "f", "class_names": ["a", "b"]}

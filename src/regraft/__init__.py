@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         report,
+        verify,
     )
     from regraft.data.dataset import DataOptions, Dataset
     from regraft.models.backbone import Backbone
@@ -29,6 +30,7 @@ _HOMES = {
     "import_weights": "regraft.api",
     "predict": "regraft.api",
     "report": "regraft.api",
+    "verify": "regraft.api",
     "DataOptions": "regraft.data.dataset",
     "Dataset": "regraft.data.dataset",
     "Backbone": "regraft.models.backbone",
@@ -53,6 +55,7 @@ __all__ = [
     "predict",
     "pretrain",
     "report",
+    "verify",
 ]
 
 

@@ -17,6 +17,7 @@ from regraft.data.listing import list_images
 from regraft.delivery.gate import granted
 from regraft.delivery.report import write_report
 from regraft.delivery.service import Service, web_part
+from regraft.delivery.verification import verify as verified
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, DataError, UsageError, count, shorten
 from regraft.evaluation.compare import LEAST_SEEDS
@@ -383,6 +384,15 @@ def check(
 def report(folders: Sequence[Place], *, out: Place) -> Path:
     """Writes one self-contained HTML page about Runs and comparisons."""
     return write_report([Path(folder) for folder in folders], Path(out))
+
+
+def verify(folder: Place) -> dict[str, Any]:
+    """Checks every file of a Run, a comparison or a classifier folder by its hash.
+
+    Returns:
+        `files`, `bytes`, `not_vouched_for`, `lineage` and `weights_from_elsewhere`.
+    """
+    return verified(Path(folder)).to_json()
 
 
 def read_plan(file: Place) -> Plan:

@@ -12,8 +12,9 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import check, foreign, models, resuming, serving, training
+from regraft.commands import check, foreign, models, resuming, serving, training, verify
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
+from regraft.faults import VARIABLE, is_armed
 from regraft.signals import raised
 from regraft.terminal import print_error, speaks, tell
 
@@ -35,10 +36,12 @@ for command in (
     models.predict,
     models.report,
     serving.serve,
+    verify.verify,
 ):
     app.command(command)
 app.command(foreign.import_, name="import")
-ALONE = ("check", "demo", "import", "predict", "recipe", "report", "serve")  # of one process
+# Commands of one process.
+ALONE = ("check", "demo", "import", "predict", "recipe", "report", "serve", "verify")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -48,6 +51,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # names that are no valid Unicode
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
+    if is_armed():
+        tell(f"warning: {VARIABLE} is set: this process fails on purpose")
     try:
         _settle_processes(given)
         tokens = [argument for argument in given if argument != "--debug"]

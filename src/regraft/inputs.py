@@ -18,6 +18,10 @@ or eighth where that leaves twice the size asked for: docs/decisions/0003.
 """
 
 
+MOST_PX = 8192  # of a side; assumed
+MOST_CHANNELS = 256  # of an image; assumed
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """What a network expects of an image.
@@ -103,6 +107,12 @@ class InputSpec:
                 intensity_range=(low, high),
                 clips=bool(document["clips"]),
             )
+            if not all(0 < side <= MOST_PX for side in (height, width)):
+                raise ValueError(f"images of {spec.size} px")
+            if not 0 < spec.channels <= MOST_CHANNELS:
+                raise ValueError(f"{spec.channels} channels")
+            if {len(spec.mean), len(spec.std)} - {0, spec.channels}:
+                raise ValueError("mean and std of other channels")
             if not low < high:
                 raise ValueError(f"the intensity range is {low} to {high}")
         except (KeyError, TypeError, ValueError) as error:

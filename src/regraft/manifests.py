@@ -20,6 +20,7 @@ from regraft.errors import ArtefactError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+MOST_BYTES = 2**36  # of a file, 64 GiB: far more than the largest network of timm; assumed
 MOST_FILES = 10_000  # of one manifest; assumed
 
 
@@ -140,6 +141,8 @@ class Manifest:
             return error.message
         with open(descriptor, "rb", buffering=0) as stream:
             size = os.fstat(descriptor).st_size
+            if size > MOST_BYTES:
+                return f"`{name}` has {size:,} bytes; at most {MOST_BYTES:,} are accepted"
             return _problem(name, entry, size, iter(lambda: stream.read(2**20), b""))
 
 

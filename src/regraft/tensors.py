@@ -55,6 +55,11 @@ def unpacked(content: bytes, path: Path) -> dict[str, Tensor]:
     Raises:
         ArtefactError: It is no such file, or holds more or other things than any network.
     """
+    if content[:1] == b"\x80" or content[:4] == b"PK\x03\x04":
+        raise ArtefactError(
+            f"`{path}` is a pickle or an archive of one: such files can run code, and are refused",
+            hint="weights that other tools wrote are converted by `regraft import FILE`",
+        )
     try:
         _check_header(content)
         return load(content)

@@ -90,7 +90,7 @@ class Cache:
         while (cached := _load(folder)) is None:  # again, where another process removed it
             make_cache(folder.parent)
             remove_leftovers(folder.parent)
-            if folder.is_dir():
+            if folder.is_dir() and not is_whole(folder):  # and nobody committed it just now
                 on_note(f"warning: the cache `{folder}` was damaged: decoding again")
                 remove_folder(folder)
             try:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regraft.errors import ArtefactError, count
+from regraft.delivery.pages import readable
+from regraft.errors import ArtefactError, count, shorten
 from regraft.models.classifier import (
     MODEL,
     final_folder,
@@ -141,3 +142,24 @@ def _check_classifier(found: Verification, folder: Path, run: Run | None = None)
         found.problems.append(f"`{MODEL}` is not that of this run: its lineage ends elsewhere")
     if list(run.class_names) != description.class_names:
         found.problems.append(f"`{MODEL}` has other classes than `run.json`")
+
+
+def told(document: Mapping[str, Any]) -> str:
+    """Returns what was verified and the lineage, for people."""
+    lines = [
+        f"{count(document['files'], 'file')} verified by sha256 "
+        f"({document['bytes'] / 1e6:,.1f} MB): all as they were saved"
+    ]
+    if document["not_vouched_for"]:
+        lines.append(f"not of this run, and never read: {shorten(document['not_vouched_for'])}")
+    for record in document["lineage"]:
+        if record.get("verb") == "import":
+            lines.append(f"file {record.get('file')} -> import")
+            continue
+        source = f"data {record.get('data', 'not told')}"
+        if "train_images" in record:
+            source += f" ({count(record['train_images'], 'training image')})"
+        lines.append(f"{source} -> {record.get('verb')} -> run {record.get('run')}")
+    imports = "; ".join(document["weights_from_elsewhere"])
+    lines.append(f"weights from elsewhere: {imports or 'none'}")
+    return "\n".join(readable(line) for line in lines)
