@@ -468,7 +468,9 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     place = tmp_path / "outside"
     place.mkdir()
     (place / "secret").write_text("secret")
-    (place / "canary_module.py").write_text("open('canary', 'w')\n")
+    (place / "canary_module.py").write_text(
+        "import pathlib\npathlib.Path('canary').write_text('')\n"
+    )
     monkeypatch.syspath_prepend(place)
     monkeypatch.chdir(tmp_path)
     watched.clear()
@@ -491,10 +493,10 @@ def test_a_malicious_classifier_is_refused_and_nothing_else_happens(
     for use in (Classifier.load, api.verify):
         if use is api.verify and name.startswith("model: arch"):
             continue  # what a name builds is for those who build it
-        began = time.monotonic()
+        began = time.process_time()
         with pytest.raises(ArtefactError) as refused:
             use(folder)
-        assert time.monotonic() - began < MOST_S
+        assert time.process_time() - began < MOST_S
         assert len(str(refused.value)) < 2000
     assert watched == []
     assert not (folder.parent / "canary").exists()

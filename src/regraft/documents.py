@@ -37,6 +37,27 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Any:
     return parse_json(read_regular(path, most), path)
 
 
+def sealed_content(document: dict[str, Any]) -> bytes:
+    """Returns a JSON document that vouches for itself; `read_sealed` gives it back."""
+    return json_content({**document, "sha256": sha256_of(document)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Returns what `sealed_content` was given.
+
+    Raises:
+        ArtefactError: A byte of it differs.
+    """
+    content = read_regular(path, MOST_JSON_BYTES)
+    found = parse_json(content, path)
+    document = {k: v for k, v in found.items() if k != "sha256"} if isinstance(found, dict) else {}
+    if content != sealed_content(document):
+        raise ArtefactError(
+            f"`{path}` is not the file that was saved", hint="restore the file from a copy"
+        )
+    return document
+
+
 def parse_json(content: bytes, path: Path) -> Any:
     try:
         return _parsed(content)
@@ -49,7 +70,7 @@ def parse_json(content: bytes, path: Path) -> Any:
 def _parsed(content: bytes) -> Any:
     """Returns a document without duplicate keys, NaN, or depth beyond all reason."""
     document = json.loads(
-        content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse_constant
+        content.decode("utf-8"), object_pairs_hook=once, parse_constant=_refuse_constant
     )
     level = [document] if isinstance(document, dict | list) else []
     for _ in range(MOST_DEPTH):
@@ -115,7 +136,8 @@ def sha256_of(document: Any) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON in which no key stands twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")

@@ -205,6 +205,8 @@ def _entry(found: Any, depth: int = 0) -> Entry:
     size, sha256, after = found["size"], found["sha256"], found.get("after")
     if type(size) is not int or not isinstance(sha256, str) or depth > 1:
         raise TypeError("a size, or a hash")
+    if size < 0 and (size, sha256, after is None) != (ABSENT.size, ABSENT.sha256, False):
+        raise ValueError(f"a size of {size}")
     return Entry(
         size,
         sha256,

@@ -20,9 +20,8 @@ from regraft.storage import (
     make_folder,
     parse_json,
     parse_json_lines,
-    read_json,
-    read_json_lines,
     read_log,
+    read_sealed,
     read_verified,
     remove_file,
     remove_folder,
@@ -37,7 +36,7 @@ UNBORN = {
     ".place.json",
 }  # fmt: skip
 """What a folder holds in which a Run was about to begin: its run.json is written last."""
-LOGS = ("metrics.jsonl", "times.jsonl", "trials.jsonl")
+LOGS = ("metrics.jsonl", "times.jsonl", "trials.jsonl", "resumes.jsonl")
 PLACE = ".place.json"
 FINISHED, INTERRUPTED, RUNNING, FAILED = "finished", "interrupted", "running", "failed"
 
@@ -241,7 +240,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """How long the training has taken."""
-        times = read_json_lines(self.folder / "times.jsonl")
+        times = read_log(self.folder / "times.jsonl")
         return times[-1]["elapsed_s"] if times else None
 
     def write(self, name: str, document: Mapping[str, Any]) -> None:
@@ -255,14 +254,14 @@ class Run:
     def place(self) -> dict[str, Any]:
         """Where the data lies and how it is read: of this machine, and in no other file."""
         path = self.folder / PLACE
-        return read_json(path) if path.is_file() else {}
+        return read_sealed(path) if path.is_file() else {}
 
     def log_resume(self, record: Mapping[str, Any]) -> None:
         append_json_line(self.folder / "resumes.jsonl", record)
 
     def resumes(self) -> list[dict[str, Any]]:
         """When it was gone on with, and under which other conditions."""
-        return read_json_lines(self.folder / "resumes.jsonl")
+        return read_log(self.folder / "resumes.jsonl")
 
     @property
     def best(self) -> Store:

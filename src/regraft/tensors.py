@@ -11,17 +11,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from regraft.documents import once
 from regraft.errors import ArtefactError
 
 # Names of the format; the order is that of the library: the widest first.
 DTYPES = {
-    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32",
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.uint8: "U8",
-    torch.int8: "I8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 MOST_BYTES = 2**36  # 64 GiB: thirty times the weights of the largest network of timm; assumed
-MOST_HEADER_BYTES = 2**24  # 100 bytes for each of the tensors below; assumed
-MOST_TENSORS = 100_000  # the largest network of timm has 3,000; assumed
+MOST_HEADER_BYTES = 2**22  # 200 bytes for each of the tensors below; assumed
+MOST_TENSORS = 20_000  # the largest network of timm has 3,000; assumed
 MOST_NAME = 300  # characters; assumed
 MOST_DIMENSIONS = 8  # assumed
 
@@ -63,7 +64,8 @@ def unpacked(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
         _check_header(content)
         return load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) \
+            as error:  # fmt: skip
         raise ArtefactError(
             f"`{path}` holds no tensors in the form of safetensors: "
             f"{str(error).splitlines()[0][:200]}",
@@ -76,7 +78,7 @@ def _check_header(content: bytes) -> None:
     size = int.from_bytes(content[:8], "little")
     if size > min(MOST_HEADER_BYTES, len(content) - 8):
         raise ValueError(f"a header of {size:,} bytes in a file of {len(content):,}")
-    header: dict[str, Any] = json.loads(content[8 : 8 + size])
+    header: dict[str, Any] = json.loads(content[8 : 8 + size], object_pairs_hook=once)
     if len(header) > MOST_TENSORS:
         raise ValueError(f"{len(header):,} tensors")
     known = set(DTYPES.values())

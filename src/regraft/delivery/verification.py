@@ -7,13 +7,15 @@ from typing import Any
 
 from regraft.delivery.pages import readable
 from regraft.errors import ArtefactError, count, shorten
+from regraft.models.backbone import is_own
 from regraft.models.classifier import (
     MODEL,
+    Classifier,
     final_folder,
     read_description,
     read_weights,
 )
-from regraft.run import FINISHED, Run, elsewhere
+from regraft.run import FINISHED, PLACE, Run, elsewhere
 from regraft.storage import MANIFEST, Manifest, sha256_of, verify_manifest
 
 OWN = {"lock", MANIFEST, "best", "state", "final", "mistakes"}
@@ -93,6 +95,8 @@ def _check_run(found: Verification, folder: Path) -> None:
     try:
         run = Run.open(folder)
         run.seen()
+        found.files += (folder / PLACE).is_file()
+        _ = run.place  # vouches for itself
         document = {key: value for key, value in run.record.items() if key != "id"}
         if sha256_of(document)[:16] != run.record["id"]:
             found.problems.append("`run.json` is not the record that its id was made of")
@@ -134,6 +138,11 @@ def _check_classifier(found: Verification, folder: Path, run: Run | None = None)
         found.take(manifest)
     lineage = description.lineage
     found.lineage = list(lineage)
+    if not found.problems and not is_own(description.arch):  # own code is never run unasked
+        try:
+            Classifier.load(folder, needs_head=False)
+        except ArtefactError as error:
+            found.at(folder, error)
     if run is None:
         return
     own: Mapping[str, Any] = lineage[-1] if lineage else {}

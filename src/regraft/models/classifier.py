@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
-from regraft.errors import ArtefactError, UsageError, shorten
+from regraft.errors import ArtefactError, UsageError, count, shorten
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone, refuse_larger, refuse_unnamed_code
 from regraft.models.head import Head
@@ -25,7 +25,7 @@ from regraft.storage import (
 from regraft.tensors import MOST_BYTES, packed, unpacked
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
-MOST_MODEL_BYTES = 2**24  # of model.json: names of 100,000 classes; assumed
+MOST_MODEL_BYTES = 2**23  # of model.json: names of 100,000 classes; assumed
 
 
 class Description(BaseModel):
@@ -164,17 +164,28 @@ class Classifier(nn.Module):
 
     def _load_exactly(self, state: dict[str, Tensor], folder: Path) -> None:
         own = self.state_dict()
-        wrong = [name for name in state.keys() ^ own.keys()]
+        wrong = [f"- `{name[:100]}`" for name in sorted(state.keys() - own.keys())]
+        wrong += [f"+ `{name}`" for name in sorted(own.keys() - state.keys())]
         wrong += [
-            name for name in state.keys() & own.keys() if state[name].shape != own[name].shape
+            f"~ `{name}` {_sides(state[name])} -> {_sides(own[name])}"
+            for name in sorted(state.keys() & own.keys())
+            if state[name].shape != own[name].shape
         ]
         if wrong:
+            more = [f"... and {len(wrong) - 3} more"] if len(wrong) > 3 else []
             raise ArtefactError(
-                f"the weights in `{folder}` are not those of `{self.backbone.arch}`",
-                problems=[f"`{name}`" for name in sorted(wrong)[:3]],
+                f"the weights in `{folder}` are not those of `{self.backbone.arch}` with "
+                f"{len(self.class_names)} classes: {count(len(wrong), 'tensor')} "
+                f"{'differs' if len(wrong) == 1 else 'differ'} (- only in the file, + only in the "
+                "network, ~ another shape)",
+                problems=[*wrong[:3], *more],
                 hint="restore the folder from a copy, or use the timm version it was made with",
             )
         self.load_state_dict(state, assign=True)  # taken over as they are, not copied
+
+
+def _sides(tensor: Tensor) -> str:
+    return "x".join(str(side) for side in tensor.shape) or "scalar"
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -24,12 +24,13 @@ from regraft.storage import (
     make_folder,
     parse_json,
     parse_json_lines,
-    read_json,
+    read_sealed,
     read_verified,
+    sealed_content,
     sha256_of_file,
     to_json_lines,
     verify_manifest,
-    write_json,
+    write_file,
 )
 from regraft.storage import replace as replace_files
 from regraft.tensors import MOST_BYTES, packed, unpacked
@@ -111,7 +112,7 @@ def begin(folder: Path, asked: Asked, session: Session, begun: Start) -> None:
         "contract": contract(session.engine),
     }
     kept = place(session.dataset) | {"start": str(begun.folder.resolve())}
-    write_json(folder / PLACE, kept)
+    write_file(folder / PLACE, sealed_content(kept))
     contents = {"samples.jsonl": to_json_lines(samples).encode("ascii")}
     replace_files(folder, {**contents, ASKED: json_content(document)})
 
@@ -137,7 +138,7 @@ def found_start(folder: Path, start: Path | None, asked: Asked, arch: str | None
     Raises:
         ArtefactError: It is not there, or is another.
     """
-    kept = read_json(folder / PLACE) if (folder / PLACE).is_file() else {}
+    kept = read_sealed(folder / PLACE) if (folder / PLACE).is_file() else {}
     chosen = start or Path(kept.get("start", ""))
     if (not kept.get("start") and start is None) or not chosen.exists():
         raise ArtefactError(
@@ -166,7 +167,7 @@ def again(
     different = refuse_other_conditions(
         then, contract(engine), allow=how.allow_inexact, what=f"`{folder}`"
     )
-    kept = read_json(folder / PLACE) if (folder / PLACE).is_file() else {}
+    kept = read_sealed(folder / PLACE) if (folder / PLACE).is_file() else {}
     dataset = found_again(kept, how.data, str(folder))
     path = folder / "samples.jsonl"
     before = parse_json_lines(read_verified(folder, path.name), path)

@@ -34,7 +34,7 @@ from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import PLACE, Run, refuse_existing
-from regraft.storage import Store, make_folder, write_json
+from regraft.storage import Store, make_folder, sealed_content, write_file
 from regraft.training.auto import tune
 from regraft.training.contract import contract, place
 from regraft.training.feeds import Material
@@ -340,7 +340,7 @@ class Session:
             states = Store(out / "state")
             make_folder(states.folder)
             states.commit(0, classifier.contents())  # the origin: what stays frozen is not again
-            write_json(out / PLACE, place(data))
+            write_file(out / PLACE, sealed_content(place(data)))
             Run.create(out, document, samples + excluded, seen, repeated)
         self.engine.wait()
         return Run.open(out)
