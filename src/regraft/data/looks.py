@@ -51,14 +51,22 @@ class Looks:
     def taken(self, rows: Rows) -> "Looks":
         return Looks(self.thumbs[rows], self.discs[rows], self.flat[rows])
 
-    def set(self, row: int, pixels: NDArray[Any]) -> None:
-        """Stores how a (height, width, channels) picture looks."""
-        grey = _stretched(pixels)
+    def set(self, row: int, pixels: NDArray[Any]) -> tuple[float, float]:
+        """Stores how a (height, width, channels) picture looks.
+
+        Returns:
+            Mean brightness of the whole, and of its border.
+        """
+        reduced = _reduced(pixels)
+        edges = (reduced[0], reduced[-1], reduced[:, 0], reduced[:, -1])
+        means = float(reduced.mean()), float(np.concatenate(edges).mean())
+        grey = _stretched(reduced, pixels.dtype.name)
         self.flat[row] = grey is None
         if grey is None:
-            return
+            return means
         self.thumbs[row] = _thumb(grey)
         self.discs[row] = np.rint(_rings(grey, pixels.shape[0], pixels.shape[1]))
+        return means
 
 
 def perceptual_hash(pixels: NDArray[Any]) -> NDArray[np.int8]:
@@ -67,7 +75,7 @@ def perceptual_hash(pixels: NDArray[Any]) -> NDArray[np.int8]:
     They are the lowest frequencies (DCT) of its thumb, the higher ones raised, as all pictures
     agree in the lowest. A mirror changes signs, a quarter turn also the order.
     """
-    grey = _stretched(pixels)
+    grey = _stretched(_reduced(pixels), pixels.dtype.name)
     if grey is None:
         return np.zeros(HASH_SIDE**2 - 1, np.int8)
     waves = cosines(HASH_SIDE)
@@ -104,11 +112,10 @@ def _raised() -> Floats:
     return np.asarray(np.hypot(steps[:, None], steps))
 
 
-def _stretched(pixels: NDArray[Any]) -> Floats | None:
+def _stretched(grey: Floats, pixel_type: str) -> Floats | None:
     """Returns the grey values from 0 to 255; None for a picture that shows nothing."""
-    grey = _reduced(pixels)
     # A 12-bit picture uses a sixteenth of its file's range; others have a range of their own.
-    unit = {"uint8": 1, "uint16": 16}.get(pixels.dtype.name, 0)
+    unit = {"uint8": 1, "uint16": 16}.get(pixel_type, 0)
     if grey.std() <= FLAT * unit:
         return None
     low, high = float(grey.min()), float(grey.max())

@@ -1,13 +1,12 @@
 """One pass over every file: its hashes, its form and what it looks like, for `checks`."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from regraft.data.dataset import DataOptions
 from regraft.data.decode import (
@@ -24,6 +23,7 @@ from regraft.data.looks import Looks
 from regraft.data.opening import Reading
 from regraft.errors import DataError
 
+ONE_FRAME = ("JPEG", "BMP", "IDX")  # and no patient: their headers tell no more than pixels
 OnRead = Callable[[int, int], None]
 
 
@@ -33,7 +33,8 @@ class Picture:
 
     Attributes:
         place: Of its dataset among those surveyed.
-        content: Hash of the bytes; `pixels`: hash of what they decode to.
+        content: Hash of the bytes.
+        pixels: Equal for all files that decode to the same pixels, and for no others.
         border: Mean of the outermost pixels, of 1.
         brightness: Mean of all pixels, of 1.
     """
@@ -97,7 +98,33 @@ class Survey:
         rows = np.array([picture[0] for picture in survey._rows], np.int64)
         survey.pictures = [picture for _, picture in survey._rows]
         survey.looks = survey.looks if len(rows) == total else survey.looks.taken(rows)
+        survey._compare_pixels()
         return survey
+
+    def _compare_pixels(self) -> None:
+        """Hashes the pixels of files that look equal but differ in their bytes.
+
+        Hashing all pixels of all files would cost a fifth of decoding them; few look equal.
+        """
+        alike: dict[bytes, list[Picture]] = defaultdict(list)
+        for row, one in enumerate(self.pictures):
+            if not self.looks.flat[row]:
+                view = self.looks.thumbs[row].tobytes() + self.looks.discs[row].tobytes()
+                alike[hashlib.sha256(view).digest()].append(one)
+        for pictures in alike.values():
+            first_of = {one.content: one for one in pictures}
+            if len(first_of) > 1:
+                hashes = {key: self._pixel_hash(one) for key, one in first_of.items()}
+                for one in pictures:
+                    one.pixels = hashes[one.content]
+
+    def _pixel_hash(self, picture: Picture) -> bytes:
+        try:
+            pixels = read_whole(read_content(self.roots[picture.place], picture.path))
+        except UnreadableImage:  # gone since: its bytes are all that is known
+            return picture.content
+        form = repr((pixels.shape, pixels.dtype.name)).encode()
+        return hashlib.sha256(form + pixels.tobytes()).digest()
 
     def __post_init__(self) -> None:
         self._rows: list[tuple[int, Picture]] = []
@@ -149,32 +176,28 @@ def _read(
         raw = content if isinstance(content, bytes) else content.tobytes()
         digest = hashlib.sha256(raw).digest()
         sha256 = digest.hex()
-        header = read_header(content)
-        pixels = read_whole(content)
+        kind = sniffed(content) if isinstance(content, bytes) else "IDX"
+        pixels = np.ascontiguousarray(read_whole(content))
+        header = Header(pixels.shape[:2], pixels.shape[2], pixels.dtype.name)
+        if kind not in ONE_FRAME:  # patients and frames stand in the header
+            header = read_header(content)
     except UnreadableImage as error:
         return sha256, error
-    looks.set(look_row, pixels)
-    form = sniffed(content) if isinstance(content, bytes) else "IDX"
-    return _described(image, place, pixels, form, digest), header
-
-
-def _described(
-    image: Listed, place: int, pixels: NDArray[Any], form: str, digest: bytes
-) -> Picture:
+    brightness, border = looks.set(look_row, pixels)
     largest = float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else 1.0
-    edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
-    return Picture(
-        place,
-        image.path,
-        image.label,
-        image.split or "train",
-        image.group,
-        digest,
-        hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()[:16],
-        (pixels.shape[0], pixels.shape[1]),
-        pixels.shape[2],
-        pixels.dtype.name,
-        form,
-        float(pixels[::4, ::4].mean()) / largest,
-        float(np.mean([edge.mean() for edge in edges])) / largest,
+    described = Picture(
+        place=place,
+        path=image.path,
+        label=image.label,
+        split=image.split or "train",
+        group=image.group,
+        content=digest,
+        pixels=digest,
+        size=(pixels.shape[0], pixels.shape[1]),
+        channels=pixels.shape[2],
+        pixel_type=header.pixel_type,
+        format=kind,
+        brightness=brightness / largest,
+        border=border / largest,
     )
+    return described, header

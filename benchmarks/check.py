@@ -1,0 +1,82 @@
+"""What a check costs beside decoding the same images once on the same cores.
+
+`python benchmarks/check.py [--images 20000] [--side 224] [--data FOLDER]` prints one JSON document.
+Without a folder it writes JPEGs of blobs and grain to a temporary one, which weigh as photographs.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from regraft.data.checks import check_data
+from regraft.data.dataset import DataOptions
+from regraft.data.decode import map_in_threads, read_content, read_whole
+from regraft.data.listing import list_folder
+
+
+def write_images(root: Path, number: int, side: int) -> None:
+    generator = np.random.default_rng(0)
+    for place in range(number):
+        layers = []
+        for cells, share in ((6, 0.6), (28, 0.3), (112, 0.1)):
+            cell = generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+            big = Image.fromarray(cell).resize((side, side), Image.Resampling.BICUBIC)
+            layers.append(share * np.asarray(big, np.float32))
+        folder = root / f"class_{place % 10}"
+        folder.mkdir(exist_ok=True)
+        pixels = np.clip(sum(layers), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{place:06d}.jpg", quality=90)
+
+
+def decoding_s(root: Path) -> float:
+    """Returns the seconds that reading and decoding every file takes, in the same threads."""
+    paths = [image.path for image in list_folder(root).images]
+    began = time.perf_counter()
+    for _ in map_in_threads(lambda path: read_whole(read_content(root, path)) is None, paths):
+        pass
+    return time.perf_counter() - began
+
+
+def checking_s(root: Path) -> tuple[float, int]:
+    began = time.perf_counter()
+    checked = check_data([root], DataOptions())
+    return time.perf_counter() - began, checked.num_images[0]
+
+
+def measure(root: Path) -> dict[str, float]:
+    decoding_s(root)  # the files are in memory from here on
+    decoded = decoding_s(root)
+    checked, number = checking_s(root)
+    return {
+        "images": number,
+        "cores": len(os.sched_getaffinity(0)),
+        "decoding_s": round(decoded, 2),
+        "check_s": round(checked, 2),
+        "ratio": round(checked / decoded, 2),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--data", type=Path)
+    chosen = parser.parse_args()
+    if chosen.data is not None:
+        print(json.dumps(measure(chosen.data)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), chosen.images, chosen.side)
+        print(json.dumps(measure(Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
