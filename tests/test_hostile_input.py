@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from regraft import api, cli
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.data.listing import list_folder, list_images
-from regraft.errors import DataError, UsageError
+from regraft.errors import ArtefactError, DataError, UsageError
 from regraft.models.backbone import Backbone
 from regraft.run import Run
+from regraft.training.keeping import Stopped
+from regraft.training.loop import Step
 from regraft.training.recipe import Recipe
 
 MakeFolder = Callable[..., Path]
@@ -155,7 +159,67 @@ def test_other_class_names_of_the_same_number_are_never_matched_by_place(
         api.evaluate(run.folder, new)
 
 
+def interrupted(data: Path, out: Path) -> Path:
+    """Returns a Run that was stopped in its second epoch."""
+
+    def stop(record: Any) -> None:
+        if isinstance(record, Step) and record.epoch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 4})
+    with pytest.raises(Stopped):
+        api.pretrain(data, out=out, arch="resnet10t", recipe=recipe, on_progress=stop)
+    return out
+
+
+def _add(root: Path) -> None:
+    shutil.copy(root / "a" / "a_000.png", root / "a" / "new.png")
+
+
+def _remove(root: Path) -> None:
+    (root / "a" / "a_000.png").unlink()
+
+
+def _edit(root: Path) -> None:
+    Image.new("L", (32, 32), 9).save(root / "a" / "a_000.png")
+
+
+@pytest.mark.fault("D13")
+@pytest.mark.parametrize("change", [_add, _remove, _edit])
+def test_data_that_changed_before_a_resume_are_refused(
+    make_folder: MakeFolder, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    data = make_folder({"a": 8, "b": 8}, size=(32, 32))
+    run = interrupted(data, tmp_path / "run")
+    change(data)
+    with pytest.raises(DataError, match="chang"):
+        api.resume(run)
+    assert Run.open(run).status["state"] == "interrupted"
+
+
+@pytest.mark.fault("D14")
+def test_other_dates_of_files_are_no_change(make_folder: MakeFolder, tmp_path: Path) -> None:
+    data = make_folder({"a": 8, "b": 8}, size=(32, 32))
+    run = interrupted(data, tmp_path / "run")
+    for path in data.rglob("*.png"):
+        os.utime(path, (0, 0))
+    api.resume(run)
+    assert Run.open(run).status["state"] == "finished"
+
+
 # E: recipes and the command line
+
+
+@pytest.mark.fault("E10")
+def test_a_resume_with_another_recipe_is_refused(make_folder: MakeFolder, tmp_path: Path) -> None:
+    run = interrupted(make_folder({"a": 8, "b": 8}, size=(32, 32)), tmp_path / "run")
+    document = json.loads((run / "run.json").read_text())
+    document["recipe"]["phases"][0]["lr"] = 0.5
+    (run / "run.json").write_text(json.dumps(document))
+    with pytest.raises(ArtefactError, match="is damaged or was changed") as refused:
+        api.resume(run)
+    assert refused.value.problems[0].startswith("`run.json`")
+    assert regraft("resume", run, "--lr", "0.5") == 2, "there is no way to ask for another one"
 
 
 @pytest.mark.fault("E2")
