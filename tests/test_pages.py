@@ -170,10 +170,12 @@ def test_the_keyboard_alone_is_enough(
     url: str, look: Callable[..., Any], files: list[Path]
 ) -> None:
     page = look(url)
+    page.get_by_text("3 classes: bacteria, normal").wait_for()
+    page.bring_to_front()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "files"
     with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
+        page.keyboard.press("Space")
     chooser.value.set_files(files[:1])
     page.locator(".card:not(.waiting)").wait_for()
     page.keyboard.press("Tab")

@@ -351,6 +351,7 @@ def test_a_solved_head_has_no_curves(tmp_path: Path) -> None:
     line = {"epoch": 0, "num_epochs": 0, "learns": "head", "train_loss": 0.5, "val_loss": None}
     write(run / "metrics.jsonl", line | {"val_balanced_accuracy": None})
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "\n")
+    seal(run)
     page = page_of(tmp_path, run)
     assert "No epochs: the head was solved" in page.text
     assert "0 of 0" not in page.text
@@ -455,6 +456,27 @@ def test_mistakes_stand_in_order_and_no_more_than_24(tmp_path: Path) -> None:
     kept = [number for number in range(24) if number not in (3, 4)]
     assert alternatives == [f"even/{number}.png: even, taken for odd" for number in kept]
     assert page.text.count("no thumbnail") == 2
+
+
+@pytest.mark.fault("L6")
+def test_thousands_of_classes_make_no_endless_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", names=("a", "b"), num_mistakes=0)
+    names = [f"class {number}" for number in range(5000)]
+    document = evaluation_of(("a", "b"), 0)
+    row = document["per_class"][0]
+    rows = [row | {"class": name} for name in names]
+    write(run / "evaluation.json", document | {"class_names": names, "per_class": rows})
+    edit_names = json.loads((run / "run.json").read_text())
+    edit_names["data"]["class_names"] = names
+    write(run / "run.json", edit_names)
+    excluded = [json.dumps({"path": f"{i}.tif", "excluded": "truncated"}) for i in range(5000)]
+    (run / "samples.jsonl").write_text("\n".join([*excluded, ""]))
+    seal(run)
+    page = page_of(tmp_path, run)
+    assert len(page.source) < 500_000
+    assert "5000 classes:" in page.text
+    assert "and 4950 more" in page.text
+    assert "The first 200 of 5000 classes" in page.text
 
 
 @pytest.mark.fault("L6")

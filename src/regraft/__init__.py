@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         report,
+        serve,
         verify,
     )
     from regraft.data.dataset import DataOptions, Dataset
@@ -30,6 +31,7 @@ _HOMES = {
     "import_weights": "regraft.api",
     "predict": "regraft.api",
     "report": "regraft.api",
+    "serve": "regraft.api",
     "verify": "regraft.api",
     "DataOptions": "regraft.data.dataset",
     "Dataset": "regraft.data.dataset",
@@ -55,6 +57,7 @@ __all__ = [
     "predict",
     "pretrain",
     "report",
+    "serve",
     "verify",
 ]
 
