@@ -14,7 +14,7 @@ from PIL import Image
 
 from regraft.data.decode import encode_png, read_whole
 from regraft.delivery.figures import arms
-from regraft.delivery.pages import readable
+from regraft.errors import readable
 from regraft.evaluation.predictions import Predictions, to_csv
 from test_report import Page, evaluation_of, make_comparison, make_run, page_of, write
 

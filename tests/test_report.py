@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from regraft.delivery.pages import readable, source_hash
+from regraft.delivery.pages import source_hash
 from regraft.delivery.report import write_report
-from regraft.errors import ArtefactError, UsageError
+from regraft.errors import ArtefactError, UsageError, readable
 from regraft.storage import write_manifest
 
 HOSTILE = (

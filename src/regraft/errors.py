@@ -4,6 +4,7 @@ Exit codes: 2 usage or configuration, 3 data, 4 artefact, 5 environment, 6 busy,
 failure.
 """
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ class RegraftError(Exception):
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  - {problem}" for problem in self.problems)]
-        return "\n".join(lines) + f"\n\nhint: {self.hint}"
+        return spelled("\n".join(lines) + f"\n\nhint: {self.hint}")
 
 
 class UsageError(RegraftError):
@@ -73,10 +74,29 @@ class NumericError(RegraftError):
     exit_code = 7
 
 
+def readable(text: str) -> str:
+    """Returns text in which control, bidi and undecodable characters are spelled as `\\u202e`."""
+    return text if text.isascii() and text.isprintable() else "".join(map(_spelled, text))
+
+
+def spelled(text: str) -> str:
+    """Returns the lines of a text, each `readable`: a name may not move the cursor."""
+    return "\n".join(map(readable, text.split("\n")))
+
+
+def _spelled(character: str) -> str:
+    # The two joiners shape letters and emoji; all others of these categories are invisible.
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if not hidden or character in "\u200c\u200d":
+        return character
+    code = ord(character)
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
 def shorten(items: Iterable[str], most: int = 3) -> str:
     """Returns at most `most` items in backticks, and how many more there are."""
     names = list(items)
-    shown = ", ".join(f"`{name}`" for name in names[:most])
+    shown = ", ".join(f"`{readable(name)}`" for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from regraft.errors import RegraftError, count
+from regraft.errors import RegraftError, count, readable, spelled
 
 SILENCE_S = 30  # without a terminal, long work says so often how far it is; assumed
 
@@ -87,7 +87,7 @@ def print_evaluation(document: dict[str, Any]) -> None:
     for row in document["per_class"]:
         numbers = [row["precision"], row["recall"], row["f1"]]
         shown = ["  -  " if number is None else f"{number:.3f}" for number in numbers]
-        print(f"{row['class']:<24} {row['n']:>6}  {shown[0]:<9}  {shown[1]}   {shown[2]}")
+        print(f"{readable(row['class']):<24} {row['n']:>6}  {shown[0]:<9}  {shown[1]}   {shown[2]}")
 
 
 def print_findings(checked: Any) -> None:
@@ -99,7 +99,7 @@ def print_findings(checked: Any) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     colours = {"error": "red", "warning": "yellow", "note": "blue"}
     for root, number in zip(checked.roots, checked.num_images, strict=True):
-        print(f"{_visible(str(root))}: {count(number, 'image')}")
+        print(f"{readable(str(root))}: {count(number, 'image')}")
     table = Table(box=None, pad_edge=False, show_header=bool(checked.findings))
     for name in ("severity", "code", "count", "what was found, and what to do"):
         table.add_column(name, justify="right" if name == "count" else "left")
@@ -107,7 +107,7 @@ def print_findings(checked: Any) -> None:
         severity = Text("allowed" if finding.allowed else finding.severity)
         severity.stylize(colours[finding.severity])
         lines = [finding.told, *finding.examples[:3], f"hint: {finding.advice}"]
-        told = Text("\n  ".join(map(_visible, lines)))
+        told = Text("\n  ".join(map(readable, lines)))
         table.add_row(severity, finding.code, f"{finding.count:,}", told)
     console.print(table)
     numbers = [
@@ -115,11 +115,6 @@ def print_findings(checked: Any) -> None:
         for kind in ("error", "warning", "note")
     ]
     print(f"\n{', '.join(numbers)}")
-
-
-def _visible(text: str) -> str:
-    """Returns text in which control characters are spelled: names may not move the cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_json(document: Any) -> None:
@@ -133,7 +128,7 @@ def speaks() -> bool:
 
 def tell(text: str) -> None:
     if speaks():
-        print(text, file=sys.stderr)
+        print(spelled(text), file=sys.stderr)
 
 
 def print_error(error: RegraftError) -> None:
@@ -175,7 +170,7 @@ class Teller:
         from regraft.progress import Counting, Note
 
         if isinstance(record, Note):
-            self.console.print(record.text, markup=False)
+            self.console.print(spelled(record.text), markup=False)
         elif isinstance(record, Counting):
             self._advance(record.what, record.done, record.total, f"{record.done}/{record.total}")
         else:

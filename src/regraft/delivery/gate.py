@@ -14,8 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.delivery.pages import readable
-from regraft.errors import UsageError
+from regraft.errors import UsageError, readable
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -9,10 +9,11 @@ import base64
 import hashlib
 import math
 import re
-import unicodedata
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
+
+from regraft.errors import readable
 
 
 def asset(name: str) -> str:
@@ -71,20 +72,6 @@ def rendered(template: str, styles: tuple[str, ...], **values: Any) -> str:
     except UndefinedError as error:
         raise KeyError(str(error)) from error
     return page.strip() + "\n"
-
-
-def readable(text: str) -> str:
-    """Returns text in which control, bidi and undecodable characters are spelled as `\\u202e`."""
-    return "".join(_spelled(character) for character in text)
-
-
-def _spelled(character: str) -> str:
-    # The two joiners shape letters and emoji; all others of these categories are invisible.
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    if not hidden or character in "\u200c\u200d":
-        return character
-    code = ord(character)
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
