@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from regraft.commands.arguments import DataArguments, parse_range
-from regraft.errors import DataError, count
+from regraft.errors import DataError, count, spelled
 from regraft.terminal import print_evaluation, print_json, progress, tell
 
 
@@ -108,7 +108,8 @@ def predict(
     if json_:
         print_json({"predictions": to_records(table, broken)})
     elif out is None:
-        sys.stdout.write(to_csv(table, broken).replace("\r\n", "\n"))
+        # Names are exact in a file; on a terminal they must not move the cursor.
+        sys.stdout.write(spelled(to_csv(table, broken).replace("\r\n", "\n")))
     if out is not None:
         write_listed(out, to_csv(table, broken).encode("utf-8", "surrogateescape"))
         tell(f"{count(len(table.paths) if table else 0, 'prediction')} in {out}")

@@ -5,7 +5,6 @@ N images, K classes.
 
 import csv
 import io
-import re
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regraft.engine import Engine, evaluating, spells
-from regraft.errors import readable
 from regraft.progress import Counting
 
-CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 MOST_IN_BATCH = 64
 # Pixels in a batch on a processor: small batches stay in its caches. Measured at 224 px by 8 and by
 # 64 images: ResNet-50 73 and 43 images/s, VGG16 41 and 34 (docs/log.md 2026-11-25).
@@ -182,6 +179,4 @@ def to_records(
 def _safe(cell: str) -> str:
     # CWE-1236: these start a formula in common spreadsheets.
     cell = cell.encode("utf-8", "backslashreplace").decode("utf-8")
-    # Line breaks and tabs are quoted; other control characters would act on a terminal.
-    cell = CONTROLS.sub(lambda found: readable(found[0]), cell)
     return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r", "\0") else cell
