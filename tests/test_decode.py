@@ -67,6 +67,7 @@ def png(size: tuple[int, int], depth: int, colour: int, raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "RGB", "RGBA", "P", "CMYK"])
+@pytest.mark.fault("B12", "B16", "B18")
 def test_each_8_bit_mode_reads_as_its_grey_or_its_colours(mode: str) -> None:
     is_grey = mode in ("L", "LA", "1")
     source = FEW_COLOURS[:, :, :1] if is_grey else FEW_COLOURS
@@ -79,6 +80,7 @@ def test_each_8_bit_mode_reads_as_its_grey_or_its_colours(mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.fault("B13")
 def test_16_bit_grey_keeps_every_value(kind: str) -> None:
     content = encoded(RAMP16, kind)
     assert read_header(content) == Header((256, 256), 1, "uint16")
@@ -89,6 +91,7 @@ def test_16_bit_grey_keeps_every_value(kind: str) -> None:
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 @pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.fault("B19")
 def test_all_exif_orientations_give_the_same_array(
     orientation: int, depth: type[np.uint8] | type[np.uint16]
 ) -> None:
@@ -120,6 +123,7 @@ def test_all_exif_orientations_give_the_same_array(
         ("RGB", (255, 0, 0), {"transparency": (255, 0, 0)}),
     ],
 )
+@pytest.mark.fault("B16", "B17")
 def test_transparent_pixels_are_white_whatever_colour_hides_beneath(
     mode: str, hidden: Any, options: dict[str, Any]
 ) -> None:
@@ -137,6 +141,7 @@ JPEG, NOISE_PNG = encoded(NOISE, "JPEG"), encoded(NOISE)
 @pytest.mark.parametrize(
     "content", [JPEG[: len(JPEG) * 6 // 10], JPEG[:-2], NOISE_PNG[: len(NOISE_PNG) * 6 // 10]]
 )
+@pytest.mark.fault("B4", "B5")
 def test_a_truncated_image_is_refused_though_its_header_is_whole(content: bytes) -> None:
     assert read_header(content).size == (40, 40)
     assert refusal(content).startswith("truncated: ")
@@ -156,11 +161,13 @@ def test_a_truncated_image_is_refused_though_its_header_is_whole(content: bytes)
         (b"%PDF-1.7\n\xff\xfe\x00", "not-an-image: a PDF document"),
     ],
 )
+@pytest.mark.fault("B1", "B2")
 def test_what_is_no_image_is_named_for_what_it_is(content: bytes, told: str) -> None:
     assert refusal(content) == told
 
 
 @pytest.mark.parametrize("side", [7_100, 10_000, 30_000])
+@pytest.mark.fault("B10", "B11")
 def test_too_many_pixels_are_refused_from_the_header(side: int) -> None:
     bomb = png((side, side), 8, 0, b"")  # it has no pixels: decoding it would say `truncated`
     assert refusal(bomb).startswith("too-many-pixels: ")
@@ -227,6 +234,7 @@ def test_other_contents_named_npy_are_unreadable_images(content: bytes) -> None:
     assert refusal(content).split(":")[0] in ("not-an-image", "array", "too-many-pixels")
 
 
+@pytest.mark.fault("B26")
 def test_grey_is_replicated_to_rgb() -> None:
     pixels = read(encoded(GREY), channels=3)
     np.testing.assert_array_equal(pixels, np.stack([GREY] * 3, axis=2))
@@ -239,6 +247,7 @@ def test_grey_is_replicated_to_rgb() -> None:
         (saved(np.zeros((4, 4, 5), np.uint8)), 3, "channels: has 5 channels where 3"),
     ],
 )
+@pytest.mark.fault("B26")
 def test_other_channels_than_expected_are_refused(content: bytes, channels: int, told: str) -> None:
     with pytest.raises(UnreadableImage) as caught:
         read_pixels(content, size=(4, 4), channels=channels)

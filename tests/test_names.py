@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return data, run.folder
 
 
-@pytest.mark.fault("C1", "C2", "C3")
+@pytest.mark.fault("C1", "C2", "C3", "C10")
 def test_every_name_comes_back_from_a_run(story: tuple[Path, Path]) -> None:
     data, folder = story
     run = Run.open(folder)
@@ -169,6 +171,7 @@ def test_a_surrogate_survives_a_json_file(tmp_path: Path) -> None:
     assert os.fsencode(read_json(tmp_path / "x.json")["path"]) == b"caf\xe9.png"
 
 
+@pytest.mark.fault("C8")
 def test_two_names_of_one_stem_are_two_images(tmp_path: Path) -> None:
     data = written(tmp_path / "data", ["a", "b"])
     for label, value in (("a", 3), ("b", 9)):
@@ -176,3 +179,27 @@ def test_two_names_of_one_stem_are_two_images(tmp_path: Path) -> None:
         Image.new("L", (8, 8), value + 1).save(data / label / "same.bmp")
     paths = {sample.path for sample in Dataset.open(data).samples}
     assert {"a/same.png", "a/same.bmp", "b/same.png", "b/same.bmp"} <= paths
+
+
+@pytest.mark.fault("C5")
+def test_a_name_as_long_as_the_file_system_takes_is_read(tmp_path: Path) -> None:
+    data = written(tmp_path / "data", ["a" * 255, "b"])
+    Image.new("L", (8, 8), 3).save(data / "b" / ("c" * 251 + ".png"))
+    dataset = Dataset.open(data)
+    assert "a" * 255 in dataset.class_names
+    assert "b/" + "c" * 251 + ".png" in {sample.path for sample in dataset.samples}
+
+
+@pytest.mark.fault("C11")
+def test_without_a_locale_and_a_home_the_output_is_escaped_and_whole(
+    story: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, folder = story
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    environment = kept | {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["REGRAFT_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "regraft", "predict", str(folder), str(data / PLAIN[-1])]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode("ascii", "backslashreplace").splitlines()
+    assert len(lines) == 1 + len(list((data / PLAIN[-1]).iterdir()))

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regraft.delivery.pages import readable
-from regraft.errors import ArtefactError, count, shorten
+from regraft.errors import ArtefactError, count, readable, shorten
 from regraft.models.backbone import is_own
 from regraft.models.classifier import (
     MODEL,
