@@ -162,6 +162,10 @@ def _notices(run: Run) -> list[str]:
     notices = [] if state == FINISHED else [told.get(state, f"{name}: state {state}")]
     if allowed := run.record["data"]["options"].get("allow"):
         notices.append(f"{name}: findings in the data were allowed by name: {', '.join(allowed)}")
+    inexact = [each for resume in run.resumes() for each in resume["inexact"]]
+    if inexact:
+        other = "; ".join(dict.fromkeys(inexact))
+        notices.append(f"{name}: not bit-reproducible, it went on under other conditions: {other}")
     evaluation = _evaluation(run)
     if evaluation and evaluation["run"] != run.record["id"]:
         notices.append(f"{name}: its evaluation.json belongs to another run, {evaluation['run']}")

@@ -38,7 +38,7 @@ from regraft.inputs import InputSpec
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting
 from regraft.run import Run
-from regraft.storage import committed_folder, json_content, sha256_of, write_bytes
+from regraft.storage import committed_folder, json_content, remove_leftovers, sha256_of, write_bytes
 
 NUM_MISTAKES = 24  # thumbnails kept for the report
 THUMBNAIL_PX = 128
@@ -176,6 +176,7 @@ def record_evaluation(
     }
     if not write:
         return document
+    remove_leftovers(run.folder)  # of an evaluation that was killed
     low, high = run.record["inputs"]["intensity_range"]
     with committed_folder(run.folder / "mistakes", "mistakes", replaces=True) as folder:
         for number, position in enumerate(worst):
