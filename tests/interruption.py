@@ -60,7 +60,7 @@ def write_images(root: Path, classes: str, number: int, seed: int) -> Path:
 
 
 def eager(monkeypatch: Any) -> None:
-    """Saves at every record, and quickly: the cadence changes no bits, and so more is there to be lost."""
+    """Saves at every record, and quickly: how often changes no bits, and more can be lost."""
     monkeypatch.setattr(keeping, "SHARE", 1e9)
     monkeypatch.setattr(keeping, "SHARE_AT_ENDS", 1e9)
     monkeypatch.setattr(keeping, "LEAST_S", 0.0)
