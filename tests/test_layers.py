@@ -65,6 +65,20 @@ WITHOUT_TORCH = {
      "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
     *COMMANDS, "training/recipe.py", "data/dataset.py",
 }  # fmt: skip
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+UNSAFE_CALLS = {
+    "torch.load", "pickle.load", "pickle.loads", "eval", "exec", "yaml.load", "os.system",
+    "torch.save", "np.save", "np.savez",
+}  # fmt: skip
+ALLOWED = {
+    # In a process of its own, weights_only (tests/test_foreign_torch.py).
+    ("models/torch_files.py", "torch.load"),
+    # Into the temporary folder of a committed one, which is hashed and synced as a whole.
+    ("data/cache.py", "np.save"),
+}
+DECODING = {"data/pictures.py"}
+WRITING = {"disk.py", "storage.py", "models/quarantine.py"}
+"""`models/quarantine.py` runs in a process of its own, in a folder that goes with it."""
 
 
 def imports(tree: ast.AST, *, top_only: bool = False) -> set[str]:
@@ -105,13 +119,39 @@ def _bans(file: str, tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             found.append(f"{file}:{node.lineno} has a bare except")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for name in sorted(imports(ast.Module([node], [])) & UNSAFE_MODULES):
+                found.append(f"{file}:{node.lineno} imports {name}")
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if (file, called) == ("models/torch_files.py", "torch.load"):
-                continue  # in a process of its own, weights_only (tests/test_foreign_torch.py)
-            banned = {"torch.load", "pickle.load", "pickle.loads", "eval", "yaml.load"}
-            if called in banned or (called == "print" and file not in ("terminal.py", *COMMANDS)):
+            is_print = called == "print" and file not in ("terminal.py", *COMMANDS)
+            if is_print or (called in UNSAFE_CALLS and (file, called) not in ALLOWED):
                 found.append(f"{file}:{node.lineno} calls {called}")
+            found += [f"{file}:{node.lineno} {what}" for what in _unsafe(file, called, node)]
+    return found
+
+
+def _unsafe(file: str, called: str, node: ast.Call) -> list[str]:
+    """Returns what a call does that only one file may, or none."""
+    text, last = ast.unparse(node), called.split(".")[-1]
+    options = {each.arg: ast.unparse(each.value) for each in node.keywords}
+    found = [f"has {key}=True" for key in ("shell", "allow_pickle") if options.get(key) == "True"]
+    if last in ("extractall", "mktemp", "getmtime"):
+        found.append(f"calls {last}")
+    if last == "convert" and "'RGB'" in text and file not in DECODING:
+        found.append("converts to RGB outside the boundary of decoding")
+    if file in WRITING:
+        return found
+    mode = options.get("mode", ast.unparse(node.args[-1]) if node.args else "")
+    if last == "open" and mode[:1] in "'\"" and set("wax+") & set(mode.strip("'\"")):
+        is_mode = set(mode.strip("'\"")) <= set("rwaxbt+")
+        if is_mode and "devnull" not in text:
+            found.append("opens a file for writing")
+    if called == "os.open" and any(flag in text for flag in ("O_WRONLY", "O_RDWR", "O_CREAT")):
+        found.append("opens a file for writing")
+    is_of_path = isinstance(node.func, ast.Attribute)
+    if last in ("write_text", "write_bytes", "open_memmap") and is_of_path:
+        found.append(f"calls {last} of a path, not of storage")
     return found
 
 
@@ -142,6 +182,25 @@ def test_package_files_below_the_top_are_empty(file: str) -> None:
         ("api.py", "print(1)", "calls print"),
         ("api.py", "try:\n    pass\nexcept:\n    pass", "bare except"),
         ("models/classifier.py", "import torch\ntorch.load('x')", "calls torch.load"),
+        ("run.py", "import pickle", "imports pickle"),
+        ("run.py", "from joblib import load", "imports joblib"),
+        ("run.py", "np.load(path, allow_pickle=True)", "has allow_pickle=True"),
+        ("run.py", "yaml.load(text)", "calls yaml.load"),
+        ("run.py", "eval('1')", "calls eval"),
+        ("run.py", "exec('1')", "calls exec"),
+        ("run.py", "os.system('ls')", "calls os.system"),
+        ("run.py", "subprocess.run('ls', shell=True)", "has shell=True"),
+        ("run.py", "zipfile.ZipFile(p).extractall(q)", "calls extractall"),
+        ("run.py", "tempfile.mktemp()", "calls mktemp"),
+        ("run.py", "os.path.getmtime(p)", "calls getmtime"),
+        ("data/cache.py", "image.convert('RGB')", "converts to RGB"),
+        ("run.py", "open(path, 'w')", "opens a file for writing"),
+        ("run.py", "open(path, mode='ab')", "opens a file for writing"),
+        ("run.py", "path.open('r+b')", "opens a file for writing"),
+        ("run.py", "os.open(path, os.O_CREAT | os.O_RDWR)", "opens a file for writing"),
+        ("run.py", "path.write_text('x')", "calls write_text of a path"),
+        ("run.py", "(folder / name).write_bytes(b'x')", "calls write_bytes of a path"),
+        ("run.py", "torch.save(state, path)", "calls torch.save"),
     ],
 )
 def test_a_planted_violation_is_found(file: str, text: str, complaint: str) -> None:
