@@ -308,6 +308,7 @@ def add_search(run: Path, *best: tuple[str, float]) -> None:
             line = {"candidate": name, "share": share, "loss": 0.1, "balanced_accuracy": 0.9}
             trial_lines.write(json.dumps(line | {"is_best": is_best}) + "\n")
             times.write(json.dumps({"candidate": name, "elapsed_s": 5.0}) + "\n")
+    seal(run)
 
 
 def test_the_recipe_is_the_one_that_the_search_carried_out(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from regraft.delivery.gate import granted
 from regraft.delivery.report import write_report
 from regraft.delivery.service import Service, web_part
 from regraft.delivery.verification import verify as verified
+from regraft.disk import require_writable
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, DataError, UsageError, count, shorten
 from regraft.evaluation.compare import LEAST_SEEDS
@@ -431,6 +432,7 @@ def _worth_of_features(run: Run) -> str:
 
 
 def _opened(data: Data, out: Path) -> Dataset:
+    require_writable(out)
     refuse_busy(out)
     refuse_existing(out)
     root = data.root if isinstance(data, Dataset) else Path(data)

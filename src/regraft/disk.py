@@ -145,6 +145,21 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
+def require_writable(folder: Path) -> None:
+    """Refuses early a place where nothing can be made.
+
+    Raises:
+        EnvironmentFault: It is one.
+    """
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise EnvironmentFault(
+            f"`{folder}` cannot be written: no permission to write in `{place}`", hint=HINT
+        )
+
+
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Holds a file or folder; waits while another process does. Freed by the kernel on death.

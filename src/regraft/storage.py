@@ -554,11 +554,15 @@ def append_json_line(path: Path, document: Any) -> int:
             if end < os.fstat(descriptor).st_size:
                 disk.truncate(descriptor, end)
             line = to_json(document).encode("ascii") + b"\n"
-            disk.write(descriptor, memoryview(line[: len(line) // 2]))
-            failpoint(f"{kind}.half")
-            disk.write(descriptor, memoryview(line[len(line) // 2 :]))
-            failpoint(f"{kind}.written")
-            disk.sync(descriptor)
+            try:
+                disk.write(descriptor, memoryview(line[: len(line) // 2]))
+                failpoint(f"{kind}.half")
+                disk.write(descriptor, memoryview(line[len(line) // 2 :]))
+                failpoint(f"{kind}.written")
+                disk.sync(descriptor)
+            except OSError:
+                disk.truncate(descriptor, end)
+                raise
             failpoint(f"{kind}.synced")
         finally:
             os.close(descriptor)
