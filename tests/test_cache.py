@@ -63,6 +63,7 @@ def test_the_same_images_in_another_folder_find_the_cache_again(
     assert len(entries()) == 1
 
 
+@pytest.mark.fault("H6")
 def test_another_size_channels_or_content_is_another_entry(make_folder: MakeFolder) -> None:
     root = make_folder(TWO)
     for size, channels in (((6, 5), 1), ((5, 6), 1), ((6, 5), 3)):
