@@ -34,8 +34,7 @@ class Copies:
             exact[one.content if survey.looks.flat[row] else one.pixels].append(row)
         # One of each: a thousand equal points would fill the neighbourhood of each other.
         chosen = np.array([rows[0] for rows in exact.values()], np.int64)
-        pairs = near_pairs(survey.looks.taken(chosen), on_progress)
-        near = Pairs(chosen[pairs.first], chosen[pairs.second], pairs.how)
+        near = near_pairs(survey.looks, chosen, on_progress)
         return cls(survey.pictures, dict(exact), near)
 
     def findings(self) -> Iterator[Finding]:

@@ -58,42 +58,67 @@ class Pairs:
         return zip(self.first.tolist(), self.second.tolist(), self.how.tolist(), strict=True)
 
 
-def near_pairs(looks: Looks, on_progress: Callable[[int, int], None] | None = None) -> Pairs:
+def near_pairs(
+    looks: Looks, chosen: Rows, on_progress: Callable[[int, int], None] | None = None
+) -> Pairs:
     """Returns near duplicates: re-encoded, resized, cropped by up to 5 %, turned or mirrored.
 
     Of many copies of one picture each is paired with some of the others, not with all: groups
     come from joining pairs.
+
+    Args:
+        looks: What all pictures look like.
+        chosen: The rows to compare.
+        on_progress: Told how many of the look-ups are done.
     """
-    rows = np.flatnonzero(~looks.flat)
+    rows = chosen[~looks.flat[chosen]]
     steps = len(EDGES) ** 4 + 2
     told = on_progress or (lambda _done, _total: None)
     found: list[tuple[Rows, Rows, str]] = []
     if len(rows) < 2:
         return _joined(found)
-    thumbs = looks.thumbs[rows]
+    thumbs, discs = _Views(looks.thumbs, rows), _Views(looks.discs, rows)
     tree = _Tree(_low_frequencies(thumbs), REACH_THUMB)
     found.append((*_verified(_once(tree.pairs(tree.vectors)), thumbs, _plain), "plain"))
     told(1, steps)
     cuts = [resampling(SIDE, SIDE, low, 1 - high) for low, high in product(EDGES, EDGES)]
-    cropped = []
+    cropped = np.zeros(0, np.int64)  # pairs as one number each: many crops find the same
     for number, (down, across) in enumerate(product(cuts, cuts), start=2):
-        cropped.append(tree.pairs(_low_frequencies(thumbs, down, across), NEAREST_CROPS))
+        one, other = tree.pairs(_low_frequencies(thumbs, down, across), NEAREST_CROPS).T
+        cropped = np.union1d(cropped, (one * len(rows) + other)[one != other])
         told(number, steps)
-    asked = np.unique(np.concatenate(cropped), axis=0)
-    asked = asked[asked[:, 0] != asked[:, 1]]
+    asked = np.stack(np.divmod(cropped, len(rows)), axis=1)
     found.append((*_verified(asked, thumbs, _cropped), "cropped"))
-    found.append((*_turned_pairs(looks.discs[rows]), "turned"))
-    found.append((*_bridges(looks.discs[rows], found), "turned"))
+    found.append((*_turned_pairs(discs), "turned"))
+    found.append((*_bridges(discs, found), "turned"))
     told(steps, steps)
     return _joined([(rows[one], rows[other], how) for one, other, how in found])
 
 
-def _turned_pairs(discs: NDArray[np.uint8]) -> tuple[Rows, Rows]:
+class _Views:
+    """Thumbs or discs of some rows, as floats, a part at a time: all at once would be gigabytes."""
+
+    def __init__(self, array: NDArray[np.uint8], rows: Rows) -> None:
+        self.array, self.rows = array, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, places: Rows) -> Floats:
+        return self.array[self.rows[places]].astype(np.float32)
+
+    def blocks(self) -> Iterator[Floats]:
+        places = np.arange(len(self.rows))
+        for start in range(0, len(places), 4 * CHUNK):
+            yield self.take(places[start : start + 4 * CHUNK])
+
+
+def _turned_pairs(discs: _Views) -> tuple[Rows, Rows]:
     tree = _Tree(_ring_strengths(discs), REACH_DISC)
     return _verified(_once(tree.pairs(tree.vectors)), discs, _turned)
 
 
-def _bridges(discs: NDArray[np.uint8], found: list[tuple[Rows, Rows, str]]) -> tuple[Rows, Rows]:
+def _bridges(discs: _Views, found: list[tuple[Rows, Rows, str]]) -> tuple[Rows, Rows]:
     """Returns pairs between groups so large that all neighbours of a picture may lie in its own."""
     first, second = (np.concatenate([pairs[side] for pairs in found]) for side in (0, 1))
     groups = joined_groups(len(discs), first, second)
@@ -101,7 +126,7 @@ def _bridges(discs: NDArray[np.uint8], found: list[tuple[Rows, Rows, str]]) -> t
     chosen = members[np.unique(groups[members], return_index=True)[1]]
     if len(chosen) < 2:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    one, other = _turned_pairs(discs[chosen])
+    one, other = _turned_pairs(_Views(discs.array, discs.rows[chosen]))
     return chosen[one], chosen[other]
 
 
@@ -170,27 +195,22 @@ def _once(pairs: Rows) -> Rows:
 
 
 def _low_frequencies(
-    thumbs: NDArray[np.uint8], down: Floats | None = None, across: Floats | None = None
+    thumbs: _Views, down: Floats | None = None, across: Floats | None = None
 ) -> Floats:
     """Returns unit vectors of the lowest frequencies (DCT), of crops where these are given."""
     waves = cosines(LOW)
     rows = waves if down is None else waves @ down
     columns = waves if across is None else waves @ across
-    vectors = np.concatenate(
-        [
-            (rows @ thumbs[start : start + 4096].astype(np.float32) @ columns.T).reshape(-1, LOW**2)
-            for start in range(0, len(thumbs), 4096)
-        ]
-    )
-    return _unit(vectors[:, 1:])  # without the mean: brightness is no content
+    parts = [(rows @ block @ columns.T).reshape(-1, LOW**2) for block in thumbs.blocks()]
+    return _unit(np.concatenate(parts)[:, 1:])  # without the mean: brightness is no content
 
 
-def _ring_strengths(discs: NDArray[np.uint8]) -> Floats:
+def _ring_strengths(discs: _Views) -> Floats:
     """Returns how strong each frequency is along each ring, which no turn and no mirror changes."""
     parts = []
-    for start in range(0, len(discs), 4096):
-        spectra = np.abs(_spectra(discs[start : start + 4096].astype(np.float32))[..., :LOW])
-        parts.append(spectra.reshape(len(spectra), -1).astype(np.float32))
+    for block in discs.blocks():
+        strengths = np.abs(_spectra(block)[..., :LOW])
+        parts.append(strengths.reshape(len(strengths), -1).astype(np.float32))
     return _unit(np.concatenate(parts))
 
 
@@ -206,13 +226,13 @@ def _spectra(discs: Floats) -> NDArray[Any]:
 
 def _verified(
     pairs: Rows,
-    views: NDArray[np.uint8],
+    views: _Views,
     compare: Callable[[Floats, Floats], NDArray[np.bool_]],
 ) -> tuple[Rows, Rows]:
     kept = [np.zeros((0, 2), np.int64)]
     for start in range(0, len(pairs), CHUNK):
         chunk = pairs[start : start + CHUNK]
-        first, second = (views[chunk[:, side]].astype(np.float32) for side in (0, 1))
+        first, second = (views.take(chunk[:, side]) for side in (0, 1))
         kept.append(chunk[compare(first, second)])
     found = np.sort(np.concatenate(kept), axis=1)
     return found[:, 0], found[:, 1]

@@ -97,7 +97,7 @@ class Survey:
             survey._add(place, reading, total, on_read or (lambda _done, _total: None))
         rows = np.array([picture[0] for picture in survey._rows], np.int64)
         survey.pictures = [picture for _, picture in survey._rows]
-        survey.looks = survey.looks if len(rows) == total else survey.looks.taken(rows)
+        survey.looks = survey.looks.kept(rows)
         survey._compare_pixels()
         return survey
 
