@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regraft import disk, storage
+from regraft import api, disk, storage
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.errors import BusyError, EnvironmentFault, UsageError
@@ -29,6 +29,7 @@ from regraft.storage import (
     remove_leftovers,
     write_json,
 )
+from regraft.training.recipe import Recipe
 from test_power_loss import WRITERS, WholeRun, Writer, places
 
 __all__ = ["places"]  # a fixture
@@ -358,6 +359,39 @@ def test_a_damaged_cache_is_told_and_made_again(
     np.testing.assert_array_equal(second.images, expected)
     (warning,) = told
     assert "was damaged: decoding again" in warning
+
+
+@pytest.mark.fault("G2")
+def test_without_room_for_the_cache_the_images_stay_in_memory_and_that_is_told(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset.open(make_folder({"a": 8, "b": 8}))
+    expected, _ = Cache.build(dataset, (6, 5), 1)
+    shutil.rmtree(cache_home())
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 0)
+    told: list[str] = []
+    cached, _ = Cache.build(dataset, (6, 5), 1, None, told.append)
+    np.testing.assert_array_equal(cached.images, expected.images)
+    np.testing.assert_array_equal(cached.hashes, expected.hashes)
+    assert (cached.key, cached.is_grey) == (expected.key, expected.is_grey)
+    (warning,) = told
+    assert "are free; the images stay in memory this time" in warning
+    assert list(cache_home().iterdir()) == []
+    monkeypatch.setattr("regraft.data.cache.MOST_IN_MEMORY", 100)
+    with pytest.raises(EnvironmentFault, match="are free"):
+        Cache.build(dataset, (6, 5), 1)
+
+
+@pytest.mark.fault("G3")
+def test_a_training_without_room_is_refused_before_its_first_epoch(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 17_000_000)
+    data = make_folder({"a": 8, "b": 8}, size=(32, 32))
+    recipe = Recipe.scratch().changed({"image_size": 32, "epochs": 1, "channels": 3})
+    with pytest.raises(EnvironmentFault, match=r"needs 0\.0. GB, 0\.02 GB are free"):
+        api.pretrain(data, out=tmp_path / "run", arch="test_resnet", recipe=recipe)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.fault("H8")

@@ -24,8 +24,8 @@ from regraft.data.decode import (
 )
 from regraft.data.looks import HASH_SIDE, perceptual_hash
 from regraft.data.pictures import resized
-from regraft.disk import create_array
-from regraft.errors import ArtefactError, UsageError
+from regraft.disk import create_array, require_space
+from regraft.errors import ArtefactError, EnvironmentFault, UsageError
 from regraft.inputs import DECODER, InputSpec
 from regraft.storage import (
     cache_home,
@@ -39,6 +39,7 @@ from regraft.storage import (
     write_json,
 )
 
+MOST_IN_MEMORY = 4 * 2**30  # bytes of an array of images, where the disk is full; assumed
 DIGEST_BYTES = 16  # of a SHA-256: two of 200,000 images agree by chance once in 1e28
 
 
@@ -94,7 +95,15 @@ class Cache:
                 on_note(f"warning: the cache `{folder}` was damaged: decoding again")
                 remove_folder(folder)
             try:
-                _fill(folder, dataset, size, channels, on_progress)
+                try:
+                    _fill(folder, dataset, size, channels, on_progress)
+                except EnvironmentFault as fault:
+                    try:
+                        cached = _decoded(_in_memory, dataset, size, channels, on_progress)
+                    except MemoryError:
+                        raise fault from None
+                    on_note(f"warning: {fault.message}; the images stay in memory this time")
+                    return replace(cached, key=folder.name), dataset
             except _BrokenImages as found:
                 if "unreadable" not in dataset.options.allow:
                     problem = unreadable_problem([(s.path, error) for s, error in found.broken])
@@ -177,48 +186,75 @@ def _fill(
     channels: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    broken = []
-    is_grey = True
+    """Commits the entry, or nothing."""
+    needed = len(dataset.samples) * size[0] * size[1] * channels
+    require_space(folder.parent, needed * np.dtype(dataset.pixel_type).itemsize)
+    mapped = []
     with committed_folder(folder, "cache") as temporary:
-        images = create_array(
-            temporary / "images.npy",
-            dtype=np.dtype(dataset.pixel_type),
-            shape=(len(dataset.samples), *size, channels),
-        )
-        number = len(dataset.samples)
-        ends = create_array(temporary / "ends.npy", np.float64, (number, 2))
-        digests = create_array(temporary / "digests.npy", np.uint8, (number, DIGEST_BYTES))
-        hashes = create_array(temporary / "hashes.npy", np.int8, (number, HASH_SIDE**2 - 1))
 
-        def decode(row: int) -> bool | UnreadableImage:
-            """Stores an image, and returns whether it is grey; threads work side by side."""
-            sample = dataset.samples[row]
-            try:
-                content = read_content(dataset.root, sample.path)
-                raw = content if isinstance(content, bytes) else content.tobytes()
-                if hashlib.sha256(raw).hexdigest() != sample.sha256:
-                    raise UnreadableImage("changed", "not the bytes that were listed")
-                whole = read_whole(content, size=size)
-                pixels = resized(with_channels(whole, channels), size)
-            except UnreadableImage as error:
-                return error
-            images[row] = pixels
-            digest = hashlib.sha256(pixels.tobytes()).digest()[:DIGEST_BYTES]
-            digests[row] = np.frombuffer(digest, np.uint8)
-            hashes[row] = perceptual_hash(pixels)
-            ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
-            return bool((pixels == pixels[..., :1]).all())
+        def make(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+            mapped.append(create_array(temporary / f"{name}.npy", dtype, shape))
+            return mapped[-1]  # type: ignore[no-any-return]
 
-        for row, found in enumerate(map_in_threads(decode, range(len(dataset.samples)))):
-            if isinstance(found, UnreadableImage):
-                broken.append((dataset.samples[row], found))
-            else:
-                is_grey = is_grey and found
-            if on_progress is not None:
-                on_progress(row + 1, len(dataset.samples))
-        if broken:
-            raise _BrokenImages(broken)  # nothing incomplete is committed under the key
-        images.flush()
-        for array in (ends, digests, hashes):
+        is_grey = _decoded(make, dataset, size, channels, on_progress).is_grey
+        for array in mapped:
             array.flush()
         write_json(temporary / "cache.json", {"schema": 1, "is_grey": is_grey})
+
+
+def _in_memory(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size_bytes > MOST_IN_MEMORY:
+        raise MemoryError(f"{name} of {size_bytes:,} bytes")
+    return np.zeros(shape, dtype)
+
+
+def _decoded(
+    make: Callable[[str, Any, tuple[int, ...]], NDArray[Any]],
+    dataset: Dataset,
+    size: tuple[int, int],
+    channels: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Cache:
+    """Decodes all images into arrays that `make` makes.
+
+    Raises:
+        _BrokenImages: Some cannot be decoded.
+    """
+    broken = []
+    is_grey = True
+    number = len(dataset.samples)
+    images = make("images", np.dtype(dataset.pixel_type), (number, *size, channels))
+    ends = make("ends", np.float64, (number, 2))
+    digests = make("digests", np.uint8, (number, DIGEST_BYTES))
+    hashes = make("hashes", np.int8, (number, HASH_SIDE**2 - 1))
+
+    def decode(row: int) -> bool | UnreadableImage:
+        """Stores an image, and returns whether it is grey; threads work side by side."""
+        sample = dataset.samples[row]
+        try:
+            content = read_content(dataset.root, sample.path)
+            raw = content if isinstance(content, bytes) else content.tobytes()
+            if hashlib.sha256(raw).hexdigest() != sample.sha256:
+                raise UnreadableImage("changed", "not the bytes that were listed")
+            whole = read_whole(content, size=size)
+            pixels = resized(with_channels(whole, channels), size)
+        except UnreadableImage as error:
+            return error
+        images[row] = pixels
+        digest = hashlib.sha256(pixels.tobytes()).digest()[:DIGEST_BYTES]
+        digests[row] = np.frombuffer(digest, np.uint8)
+        hashes[row] = perceptual_hash(pixels)
+        ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
+        return bool((pixels == pixels[..., :1]).all())
+
+    for row, found in enumerate(map_in_threads(decode, range(len(dataset.samples)))):
+        if isinstance(found, UnreadableImage):
+            broken.append((dataset.samples[row], found))
+        else:
+            is_grey = is_grey and found
+        if on_progress is not None:
+            on_progress(row + 1, len(dataset.samples))
+    if broken:
+        raise _BrokenImages(broken)  # nothing incomplete is committed under the key
+    return Cache(images, is_grey, "", ends, digests, hashes)

@@ -24,6 +24,7 @@ from regraft.data.precheck import (
     start_findings,
     told,
 )
+from regraft.disk import require_space
 from regraft.engine import Engine
 from regraft.errors import count
 from regraft.evaluation.predictions import eval_batch, infer
@@ -49,6 +50,7 @@ from regraft.training.optim import (
 from regraft.training.plan import Plan, refuse_unfitting_plan
 from regraft.training.recipe import Recipe
 
+SPACE_FOR_STATES = 8  # of the weights: two states (with two moments and an average each); assumed
 POOLED_BELOW = 500  # images: fewer are judged in folds, not by a small split; assumed
 DEFAULT_SIZE = (224, 224)  # Krizhevsky et al. 2012 and most architectures since
 
@@ -213,6 +215,9 @@ class Session:
         classifier = Classifier(backbone, self.dataset.class_names, seed=recipe.seed)
         classifier.lineage = tuple(record.get("lineage", ()))
         self.engine.place(classifier)
+        if self.engine.is_main:
+            held = sum(tensor.nbytes for tensor in classifier.state_dict().values())
+            require_space(out, SPACE_FOR_STATES * held)
         with writing(out, here=self.engine.is_main):
             began = monotonic()
             run = self._create_run(classifier, recipe, out, record, plan)
