@@ -16,7 +16,7 @@ import pytest
 from regraft import api, disk, storage
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
-from regraft.errors import BusyError, EnvironmentFault, UsageError
+from regraft.errors import BusyError, EnvironmentFault, RegraftError, UsageError
 from regraft.faults import FAILPOINTS, armed, failpoint, is_armed
 from regraft.locks import LOCK, writing
 from regraft.run import FINISHED, Run, refuse_existing
@@ -436,3 +436,34 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path, mask: int, mode
     for path in (tmp_path / "000001" / "a", tmp_path / "000001" / "manifest.json", tmp_path / "b"):
         assert path.stat().st_mode & 0o777 == mode
     assert read_json(tmp_path / "b") == 1
+
+
+@pytest.mark.fault("G5", "G6")
+@pytest.mark.parametrize("closed", ["a/a_001.png", "b"])
+def test_an_image_or_a_class_without_permission_is_named_and_never_left_out(
+    make_folder: MakeFolder, tmp_path: Path, closed: str
+) -> None:
+    root = make_folder({"a": 8, "b": 8})
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    (root / closed).chmod(0)
+
+    def work() -> None:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            Dataset.open(root)
+        except RegraftError as error:
+            os.write(tell, str(error).encode())
+
+    heard, tell = os.pipe()
+    try:
+        assert in_child(work) == DONE
+        os.close(tell)
+        said = os.read(heard, 10_000).decode()
+    finally:
+        (root / closed).chmod(0o755)
+    assert Path(closed).name in said
+    assert "permission" in said or "1 class folder has no images" in said
