@@ -25,6 +25,7 @@ REFUSED = {
     "pillow/hopper_16bit.pgm": "not-an-image",
     "pillow/broken_data_stream.png": "damaged",
     "rasterio/float_nan.tif": "non-finite",
+    "pillow/separate_planar_extra_samples.tiff": "truncated",  # its second plane is not stored
 }  # what Pillow opens, and we refuse
 HELD = {"bool": "uint8", "int8": "int16", "uint32": "float32", ">i2": "int16"}
 COMPOSITED = {"tiff_16bit_RGBa.tiff", "tiff_strip_cmyk_jpeg.tif"}  # 4 stored channels, 3 colours
@@ -75,8 +76,8 @@ def test_each_awkward_file_is_read_to_its_bits_and_bands_or_refused(shared_data:
         bands = 3 if Path(path).name in COMPOSITED else stored[0]
         assert (pixels.shape[2], pixels.dtype.name) == (bands, stored[1]), path
         compared += 1
-    assert (read, refused) == (53, 17)
-    assert compared >= 28
+    assert (read, refused) == (52, 18)
+    assert compared >= 27
 
 
 def test_the_table_of_docs_is_what_the_command_prints(shared_data: Path) -> None:

@@ -5,7 +5,7 @@ The only tifffile and imagecodecs; both come with `regraft[tiff]`.
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ from regraft.errors import EnvironmentFault
 
 WHITE_IS_ZERO, RGB, CMYK = 0, 2, 5  # of the tag PhotometricInterpretation, TIFF 6.0
 PLAIN = (WHITE_IS_ZERO, 1, RGB, CMYK)
-ORIENTATION = 274
+LZW, ORIENTATION = 5, 274
+PARTS = ((324, 325), (273, 279))  # offsets and byte counts of tiles, or of strips
 
 
 def deep_header(content: bytes, kind: str) -> Header:
@@ -84,6 +85,7 @@ class _TiffPage:
         try:
             self.file = tifffile.TiffFile(io.BytesIO(content))
             page = self.file.pages[0]
+            self.is_lzw = int(page.compression) == LZW
             self.page, self.stored = page, page.dtype
             self.has_frames = bool(self.file.pages.is_multipage)
             self.photometric = int(page.photometric)
@@ -116,7 +118,8 @@ class _TiffPage:
             # tifffile fills up what is missing, silently.
             if len(held_parts) < parts or not all(held_parts[:parts]):
                 raise ValueError("strips or tiles failed to read: they are missing")
-            values = self.page.asarray()
+            page = self._unpacked() if self.is_lzw else self.page
+            values = page.asarray()
             if self.page.axes == "SYX":  # planar: a plane for each band
                 values = np.moveaxis(values, 0, 2)
             return values.reshape(self.shape)
@@ -125,6 +128,47 @@ class _TiffPage:
             is_cut = "failed to read" in told or "reshaped" in told or not told
             reason = "truncated" if is_cut else "damaged"
             raise UnreadableImage(reason, f"its pixels are not whole: {told}"[:140]) from error
+
+    def _unpacked(self) -> Any:
+        """Returns the same page without LZW.
+
+        Found by `make fuzz`: imagecodecs 2026.3.6 ends the process on damaged LZW, libtiff not.
+        """
+        from regraft.data.pictures import lzw_decoded
+
+        page, content = self.page, self.file.filehandle
+        rows = page.chunks[0]
+        row_bytes = int(np.prod(page.chunks[1:])) * page.bitspersample // 8
+        num = -(-page.imagelength // rows)  # strips of a plane; the last may be lower
+        parts = []
+        for number, (place, size) in enumerate(
+            zip(page.dataoffsets, page.databytecounts, strict=True)
+        ):
+            is_low = not page.is_tiled and number % num == num - 1
+            height = page.imagelength - rows * (num - 1) if is_low else rows
+            content.seek(place)
+            parts.append(lzw_decoded(content.read(size), height * row_bytes))
+        return self._rewritten(parts)
+
+    def _rewritten(self, parts: Sequence[bytes]) -> Any:
+        """Returns the page with these strips or tiles, uncompressed."""
+        self.file.filehandle.seek(0)
+        stream = io.BytesIO(self.file.filehandle.read())
+        places = []
+        for part in parts:
+            places.append(stream.seek(0, io.SEEK_END))
+            stream.write(part)
+        stream.seek(0)
+        tifffile = _library("tifffile")
+        with tifffile.TiffFile(stream, mode="r+b") as file:
+            tags = file.pages[0].tags
+            offsets, sizes = next(pair for pair in PARTS if pair[0] in tags)
+            kind = 16 if file.is_bigtiff else 4  # LONG8, LONG
+            tags[259].overwrite(1)
+            tags[offsets].overwrite(places, dtype=kind)
+            tags[sizes].overwrite([len(part) for part in parts], dtype=kind)
+        self.file = tifffile.TiffFile(io.BytesIO(stream.getvalue()))
+        return self.file.pages[0]
 
 
 def _from_cmyk(pixels: Pixels) -> Pixels:

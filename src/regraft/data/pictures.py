@@ -83,6 +83,21 @@ def exif_orientation(content: bytes) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
+def lzw_decoded(packed: bytes, size: int) -> bytes:
+    """Returns the bytes of one LZW strip or tile of a TIFF, by libtiff.
+
+    Raises:
+        OSError: They are damaged, or fewer than `size`.
+    """
+    start = 8 + 2 + 9 * 12 + 4  # behind header and directory
+    tags = {256: size, 257: 1, 258: 8, 259: 5, 262: 1, 273: start, 277: 1, 278: 1,
+            279: len(packed)}  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4)
+    with Image.open(io.BytesIO(head + packed), formats=("TIFF",)) as image:
+        return image.tobytes()
+
+
 def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """Returns the pixels stretched to (height, width), bilinear with antialiasing."""
     height, width = size
