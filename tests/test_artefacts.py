@@ -548,3 +548,21 @@ def test_nothing_here_needs_a_network(copied: Path) -> None:
     """Every connection is refused in these tests (conftest)."""
     verify_manifest(copied / "final")
     Classifier.load(copied)
+
+
+@pytest.mark.fault("I19")
+def test_a_comparison_is_verified_with_all_of_its_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "cache"))
+    out, start = tmp_path / "verdict", run.parent / "start"
+    head = Recipe.transfer("head").changed({"channels": 3})
+    api.compare(run.parent / "two", out=out, start=start, seeds=1, recipe=head)
+    document = api.verify(out)
+    on_disk = [path for path in out.rglob("*") if path.is_file() and path.name != "lock"]
+    assert document["files"] == len(on_disk)
+    assert document["not_vouched_for"] == []
+    path = out / "scratch-0" / "final" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ArtefactError, match=r"scratch-0/final: `model\.safetensors` is not"):
+        api.verify(out)

@@ -68,7 +68,9 @@ def verify(folder: Path) -> Verification:
     """
     found = Verification(folder)
     if (folder / "comparison.json").is_file():
-        _check_listed(found, folder, {path.name for path in folder.iterdir() if path.is_dir()})
+        _check_listed(
+            found, folder, OWN | {path.name for path in folder.iterdir() if path.is_dir()}
+        )
         for run in sorted(path.parent for path in folder.glob("*/run.json")):
             _check_run(found, run)
     elif (folder / "run.json").is_file():
@@ -94,8 +96,6 @@ def _check_run(found: Verification, folder: Path) -> None:
     try:
         run = Run.open(folder)
         run.seen()
-        found.files += (folder / PLACE).is_file()
-        _ = run.place  # vouches for itself
         document = {key: value for key, value in run.record.items() if key != "id"}
         if sha256_of(document)[:16] != run.record["id"]:
             found.problems.append("`run.json` is not the record that its id was made of")
@@ -120,6 +120,8 @@ def _check_listed(found: Verification, folder: Path, others: set[str]) -> None:
                 found.at(folder, ArtefactError("damaged", problems=problems, hint="-"))
                 break
         found.take(manifest)
+        found.files += (folder / PLACE).is_file()
+        _ = Run(folder).place  # vouches for itself
         found.strangers += [name for name in manifest.strangers() if name not in others]
     except ArtefactError as error:
         found.at(folder, error)
