@@ -32,6 +32,24 @@ def test_real_datasets_are_read_whole(
     assert all(len(dataset.rows(split)) for split in ("train", "val", "test"))
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("clothing_128", False),
+        ("cxr_kermany_1k", False),
+        pytest.param("mnist", True, marks=pytest.mark.slow),
+        pytest.param("fashion_mnist_10k", True, marks=pytest.mark.slow),
+    ],
+)
+def test_no_image_of_a_set_as_shipped_is_called_a_leak(
+    shared_data: Path, name: str, near: bool
+) -> None:
+    checked = api.check([shared_data / name])
+    assert checked.errors == []
+    codes = {one.code for one in checked.findings if one.severity == "warning"}
+    assert ("near-leak" in codes) == near, "small simple pictures resemble each other"
+
+
 def test_patients_of_real_x_rays_stay_together(shared_data: Path) -> None:
     dataset = Dataset.open(shared_data / "cxr_hannover_224", DataOptions(group_regex="^([^_]+)_"))
     splits: dict[str | None, set[str]] = {}

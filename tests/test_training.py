@@ -176,6 +176,24 @@ def test_the_best_epoch_by_validation_loss_is_kept(bars: tuple[Material, InputSp
     assert float(losses.mean()) == pytest.approx(best, rel=1e-4)
 
 
+def test_with_balanced_class_weights_the_epoch_is_chosen_by_a_balanced_loss(
+    bars: tuple[Material, InputSpec],
+) -> None:
+    found, inputs = bars
+    few = [row for row in found.val_rows if found.labels[row]][:1]
+    rows = np.array([row for row in found.val_rows if not found.labels[row]] + few)
+    found = replace(found, val_rows=rows)
+    classifier = classifier_of("resnet10t", inputs, trained=False)
+    changes = {"epochs": 2, "lr": 0.3, "class_weights": "balanced"}
+    records = fit(classifier, found, settled(Recipe.scratch().changed(changes), found), ENGINE)
+    best = min(float(one.val_loss or 0) for one in records if isinstance(one, Epoch))
+    kept = infer(classifier, [normalised(found.images[rows], inputs, CPU)], ENGINE)
+    losses, labels = log_losses(softmax(kept), found.labels[rows]), found.labels[rows]
+    means = [losses[labels == label].mean() for label in np.unique(labels)]
+    assert float(np.mean(means)) == pytest.approx(best, rel=1e-3)
+    assert float(losses.mean()) != pytest.approx(best, rel=1e-3)
+
+
 def test_a_stopped_fit_leaves_the_best_weights(bars: tuple[Material, InputSpec]) -> None:
     found, inputs = bars
     classifier = classifier_of("resnet10t", inputs, trained=False)

@@ -99,6 +99,16 @@ def log_losses(probabilities_NK: Array, truth: NDArray[np.int64]) -> Array:
     return losses
 
 
+def mean_log_loss(
+    probabilities_NK: Array, truth: NDArray[np.int64], *, is_balanced: bool = False
+) -> float:
+    """Returns the mean negative log-likelihood; balanced: the mean of the classes' own means."""
+    losses = log_losses(probabilities_NK, truth)
+    if not is_balanced:
+        return float(losses.mean())
+    return float(np.mean([losses[truth == label].mean() for label in np.unique(truth)]))
+
+
 def bootstrap_weights(
     truth: NDArray[np.int64], groups: tuple[str, ...] | None, resamples: int
 ) -> Iterator[Array]:

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from regraft.data.batches import ONLY, Rows, ahead, num_batches, part_of
 from regraft.engine import Engine
-from regraft.evaluation.metrics import log_losses, point
+from regraft.evaluation.metrics import log_losses, mean_log_loss, point
 from regraft.evaluation.predictions import Predictions, inferring, softmax
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
@@ -219,7 +219,8 @@ class _Fit:
         logits_NK = yield from self.infer(through, rows, "validation")
         probabilities = softmax(logits_NK)
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
-        val_loss = float(log_losses(probabilities, truth).mean())
+        is_balanced = self.recipe.class_weights == "balanced"  # in what chooses, as in what learns
+        val_loss = mean_log_loss(probabilities, truth, is_balanced=is_balanced)
         if not isfinite(val_loss):
             raise diverged("validation loss", val_loss, epoch, 0.0)
         if self.recipe.goal == "scratch" and isinstance(self.feed, Live):

@@ -143,7 +143,9 @@ class Recipe(BaseModel):
         0.0, ge=0, lt=1, description="0: smoothing harms transferred features (arXiv:2010.16402)"
     )
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced: each class weighs the same in the loss"
+        "none",
+        description="balanced: each class weighs the same in the loss, and in the validation loss "
+        "that chooses the epoch",
     )
     stall_share: float = Field(
         0.25,
