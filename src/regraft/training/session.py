@@ -41,6 +41,7 @@ from regraft.training.contract import contract, place
 from regraft.training.feeds import Material
 from regraft.training.keeping import FIRST_COST, Keeper, Trained
 from regraft.training.loop import fit
+from regraft.training.memory import is_out_of_memory, out_of_memory
 from regraft.training.optim import (
     adapt_batch_norm,
     refuse_frozen_random,
@@ -243,6 +244,7 @@ class Session:
 
         Raises:
             Stopped: A signal came; all that was done is saved.
+            EnvironmentFault: There is too little memory.
         """
         run, classifier, engine = keeper.run, keeper.classifier, self.engine
         own = {"verb": run.record["verb"], "run": run.record["id"]}
@@ -258,7 +260,12 @@ class Session:
             training = tune(
                 classifier, material, recipe, engine, plan=plan, random=random, bookmark=bookmark
             )
-        return keeper.drive(training, self.on_progress)
+        try:
+            return keeper.drive(training, self.on_progress)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(classifier, recipe, engine) from error
 
     def material(self, share: float = 1.0, seed: int = 0) -> Material:
         """Returns what may be learned from: no test rows, and a share of the training rows."""
