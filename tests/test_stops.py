@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -425,3 +426,33 @@ def test_the_command_line_stops_with_143_and_goes_on(stage: Stage, tmp_path: Pat
     )
     assert refused.returncode == 2
     assert "name its code once more: `--arch file.py:factory`" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F5", "F9")
+def test_vgg16_at_224_px_is_saved_and_gone_in_5_s_and_goes_on_to_the_same_bytes(
+    stage: Stage, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.undo()
+    data, begun = tmp_path / "data", [0.0]
+    generator = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (data / label).mkdir(parents=True)
+        for number in range(8):
+            pixels = generator.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / label / f"{label}{number}.png")
+    recipe = Recipe.scratch().changed({"epochs": 2, "batch_size": 4, "image_size": 224})
+
+    def train(out: Path, told: Callable[[Any], None] = lambda _: None) -> None:
+        api.pretrain(data, out=out, arch="vgg16", recipe=recipe, on_progress=told)
+
+    def end() -> None:
+        begun[0] = time.monotonic()
+        send(signal.SIGTERM)
+
+    train(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", at_step(3, end))
+    assert time.monotonic() - begun[0] < 5
+    api.resume(tmp_path / "run")
+    assert tree(tmp_path / "run") == tree(tmp_path / "whole")
