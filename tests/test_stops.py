@@ -431,7 +431,7 @@ def test_the_command_line_stops_with_143_and_goes_on(stage: Stage, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.fault("F5", "F9")
 def test_vgg16_at_224_px_is_saved_and_gone_in_5_s_and_goes_on_to_the_same_bytes(
-    stage: Stage, tmp_path: Path, monkeypatch: Any
+    tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.undo()
     data, begun = tmp_path / "data", [0.0]
