@@ -3,7 +3,9 @@
     python benchmarks/serve.py IMAGES [--arch vgg16_bn] [--size 224] [--clients 16] [--rounds 3]
 
 Clients share the cores with the server, as in a test on one machine; each sends its next image when
-it has its answer, over a connection that stays open. Prints one JSON document.
+it has its answer, over a connection that stays open. Prints one JSON document. Where others work on
+the machine, images a second tell little; the processor's seconds for an image (of the server and
+its decoders, without the clients) tell more.
 """
 
 import argparse
@@ -48,39 +50,46 @@ def main() -> None:
         predicting, serving, latencies = [], [], []
         for _ in range(chosen.rounds):  # in turn, so that a disturbance meets both
             predicting.append(predict_rate(model, files))
-            rate, seconds = serve_rate(model, files, chosen.clients)
-            serving.append(rate)
+            rate, work, seconds = serve_rate(model, files, chosen.clients)
+            serving.append((rate, work))
             latencies += seconds
-    share = float(np.median(serving) / np.median(predicting))
+    predict_rates, predict_work = zip(*predicting, strict=True)
+    serve_rates, serve_work = zip(*serving, strict=True)
+    share = float(np.median(serve_rates) / np.median(predict_rates))
+    work_share = float(np.median(predict_work) / np.median(serve_work))
     document = {
         "arch": chosen.arch,
         "size": chosen.size,
         "images": len(files),
         "clients": chosen.clients,
-        "predict_images_per_s": [round(rate, 2) for rate in predicting],
-        "serve_images_per_s": [round(rate, 2) for rate in serving],
+        "predict_images_per_s": [round(rate, 2) for rate in predict_rates],
+        "serve_images_per_s": [round(rate, 2) for rate in serve_rates],
         "share": round(share, 3),
+        "predict_processor_s_per_image": [round(work, 4) for work in predict_work],
+        "serve_processor_s_per_image": [round(work, 4) for work in serve_work],
+        "share_by_processor": round(work_share, 3),
         "target": TARGET,
         "latency_s": {f"p{q}": round(float(np.percentile(latencies, q)), 3) for q in (50, 95, 99)},
     }
     print(json.dumps(document, indent=2))
 
 
-def predict_rate(model: Path, files: list[tuple[Path, str]]) -> float:
-    """Returns the images a second of `predict`, without loading the model."""
+def predict_rate(model: Path, files: list[tuple[Path, str]]) -> tuple[float, float]:
+    """Returns images a second of `predict`, and processor time of one; the model is loaded."""
     engine, classifier = Engine("cpu"), Classifier.load(model)
     engine.place(classifier)
     predict_files(classifier, files[:16], engine, quiet)
-    begun = time.monotonic()
+    begun, used = time.monotonic(), time.process_time()
     table, broken = predict_files(classifier, files, engine, quiet)
     assert table is not None and not broken
-    return len(files) / (time.monotonic() - begun)
+    number = len(files)
+    return number / (time.monotonic() - begun), (time.process_time() - used) / number
 
 
 def serve_rate(
     model: Path, files: list[tuple[Path, str]], clients: int
-) -> tuple[float, list[float]]:
-    """Returns the images a second of `serve`, and the seconds of each answer."""
+) -> tuple[float, float, list[float]]:
+    """Returns the same of `serve`, and the seconds of each answer."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "regraft", "serve", str(model), "--port", "0"]
@@ -93,12 +102,21 @@ def serve_rate(
                 found = re.search(r"page: +http://127\.0\.0\.1:(\d+)/", log.read_text())
             contents = [(root / path).read_bytes() for root, path in files]
             asyncio.run(ask_all(int(found[1]), contents[:16], clients))
-            begun = time.monotonic()
+            begun, used = time.monotonic(), processor_s(server.pid)
             seconds = asyncio.run(ask_all(int(found[1]), contents, clients))
-            return len(files) / (time.monotonic() - begun), seconds
+            elapsed, number = time.monotonic() - begun, len(files)
+            return number / elapsed, (processor_s(server.pid) - used) / number, seconds
         finally:
             server.terminate()
             server.wait()
+
+
+def processor_s(process: int) -> float:
+    """Returns the processor time of a process and its children so far."""
+    children = Path(f"/proc/{process}/task").glob("*/children")
+    own = [process, *(int(child) for file in children for child in file.read_text().split())]
+    fields = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in own]
+    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
 
 
 async def ask_all(port: int, contents: list[bytes], clients: int) -> list[float]:
