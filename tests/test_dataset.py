@@ -450,3 +450,20 @@ def test_an_idx_file_without_its_labels_is_named(tmp_path: Path) -> None:
     assert problems(tmp_path) == (
         "`train-images-idx3-ubyte` has 6 images, `train-labels-idx1-ubyte` is missing",
     )
+
+
+def test_git_lfs_pointers_and_saved_pages_are_counted_by_what_they_are(
+    make_folder: MakeFolder,
+) -> None:
+    root = make_folder(TWO)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    for number in range(5):
+        (root / f"a/pointer_{number}.png").write_text(pointer)
+    (root / "b/page.jpg").write_text("<!DOCTYPE html><title>404</title>")
+    (told,) = problems(root)
+    assert told == (
+        "6 files cannot be read: "
+        "`a/pointer_0.png`, `a/pointer_1.png`, `a/pointer_2.png` and 2 more "
+        "(not-an-image: a Git LFS pointer; run `git lfs pull`), `b/page.jpg` "
+        "(not-an-image: an HTML page)"
+    )
