@@ -151,9 +151,9 @@ def _work(pipe: Connection, inputs: InputSpec, deadline_s: float) -> None:
                 content = pipe.recv_bytes()
             except EOFError:
                 return
-            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-            until = int(time.process_time() + deadline_s) + 1
-            resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
+            most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+            until = _within(int(time.process_time() + deadline_s) + 1, most)
+            resource.setrlimit(resource.RLIMIT_CPU, (until, most))
             pipe.send_bytes(_answer(content, inputs))
 
 
@@ -171,7 +171,13 @@ def _answer(content: bytes, inputs: InputSpec) -> bytes:
 
 
 def _limit(which: int, value: int) -> None:
+    value = _within(value, resource.getrlimit(which)[1])
     resource.setrlimit(which, (value, value))
+
+
+def _within(value: int, most: int) -> int:
+    """Returns the value, or less where whoever started us has set less."""
+    return value if most == resource.RLIM_INFINITY else min(value, most)
 
 
 def _mapped_bytes() -> int:
