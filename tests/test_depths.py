@@ -18,8 +18,8 @@ from regraft.data.decode import read_content, read_whole
 from regraft.models.classifier import Classifier
 from regraft.training.recipe import Recipe
 
-RECIPE = Recipe.scratch().changed({"image_size": 32, "epochs": 4, "batch_size": 20})
-DIGITS, SIZES = 3, {"train": 40, "val": 12, "test": 40}
+RECIPE = Recipe.scratch().changed({"image_size": 32, "epochs": 6, "batch_size": 16})
+DIGITS, SIZES = 3, {"train": 60, "val": 15, "test": 40}
 Writer = Callable[[Path, NDArray[np.uint16]], None]
 
 
