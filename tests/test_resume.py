@@ -17,6 +17,7 @@ from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
+from regraft.training import keeping
 from regraft.training.auto import Trial, tune
 from regraft.training.feeds import Material
 from regraft.training.loop import Epoch, Step, fit
@@ -179,3 +180,25 @@ def test_a_search_goes_on_from_anywhere_to_the_same_bits(
 def skipped(record: Any) -> bool:
     """What is not for files may be told again."""
     return isinstance(record, Note | Counting)
+
+
+@pytest.mark.fault("F15")
+@pytest.mark.parametrize("cost_s", [0.01, 0.4, 9.0])
+def test_saving_takes_three_parts_in_a_hundred_of_the_time_at_most(
+    monkeypatch: pytest.MonkeyPatch, cost_s: float
+) -> None:
+    now, spent, saves = 0.0, 0.0, []
+    monkeypatch.setattr(keeping, "monotonic", lambda: now)
+    keeper = keeping.Keeper(
+        None, None, {}, Engine("cpu", "fp32"), began=0.0, latest=0.0, cost_s=cost_s,  # type: ignore[arg-type]
+    )  # fmt: skip
+    step = Step(1, 1, 1, 1, 0.0, 0.0, 0.0, 0.0)
+    for number in range(20_000):
+        now += 0.1
+        record = Trial("bold", 0.3, None, None, 0.0) if number % 500 == 0 else step
+        if keeper.is_due(record):
+            now, spent = now + cost_s, spent + cost_s
+            keeper.latest, keeper.spent_s = now, spent
+            saves.append(now)
+        assert spent <= 0.03 * now
+    assert saves and saves[0] < max(6.0, 60 * cost_s)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         report,
+        resume,
         serve,
         verify,
     )
@@ -31,6 +32,7 @@ _HOMES = {
     "import_weights": "regraft.api",
     "predict": "regraft.api",
     "report": "regraft.api",
+    "resume": "regraft.api",
     "serve": "regraft.api",
     "verify": "regraft.api",
     "DataOptions": "regraft.data.dataset",
@@ -57,6 +59,7 @@ __all__ = [
     "predict",
     "pretrain",
     "report",
+    "resume",
     "serve",
     "verify",
 ]

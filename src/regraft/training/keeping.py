@@ -126,6 +126,8 @@ class Keeper:
 
     def is_due(self, told: object) -> bool:
         """Whether what would be lost is worth the time that a save takes."""
+        if not self.engine.is_main:  # the main process knows what it costs
+            return False
         now, share = monotonic(), SHARE_AT_ENDS
         if isinstance(told, Step):
             share = SHARE

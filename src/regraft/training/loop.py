@@ -330,7 +330,7 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch | Counting]:
     recipe, engine = state.recipe, state.engine
     stretch = state.stretch = _Stretch(state, phase)
     optimizer, averaged, losses = stretch.optimizer, stretch.averaged, stretch.losses
-    network = engine.ready(Network(state.classifier, state.feed))
+    network = stretch.network
     parameters = [p for p in network.parameters() if p.requires_grad]
     steps_an_epoch = stretch.num_steps // int(phase.epochs)
     pace = _Pace(stretch)
@@ -380,6 +380,8 @@ class _Stretch:
             len(material.train_rows), int(recipe.batch_size)
         )
         self.optimizer = make_optimizer(state.classifier, phase, recipe)
+        self.network = state.engine.ready(Network(state.classifier, state.feed))
+        # Not before: among several processes `ready` gives parameters another place in memory.
         self.averaged = Average(state.classifier, recipe.ema_decay)
         self.losses = Losses(state.engine, self.optimizer, material.names)
         patience = recipe.stall_share * self.num_steps if recipe.stall_share < 1 else inf

@@ -60,13 +60,15 @@ class Losses:
         Raises:
             Diverged: One is not finite.
         """
+        if self.at_once:
+            self._take(float(loss.detach()), float(norm), taken)
+            return
         self.waiting.append((loss.detach(), norm.detach(), taken))
-        if not self.at_once:
-            # For good: weights stay those before the first step that went wrong.
-            broken = (~torch.isfinite(norm)).float()
-            before = getattr(self.optimizer, "found_inf", broken)
-            self.optimizer.found_inf = torch.maximum(before, broken)  # type: ignore[attr-defined]
-        if self.at_once or len(self.waiting) == SYNC_STEPS or isnan(self.latest):
+        # For good: weights stay those before the first step that went wrong.
+        broken = (~torch.isfinite(norm)).float()
+        before = getattr(self.optimizer, "found_inf", broken)
+        self.optimizer.found_inf = torch.maximum(before, broken)  # type: ignore[attr-defined]
+        if len(self.waiting) == SYNC_STEPS or isnan(self.latest):
             self.fetch()
 
     def mean(self) -> float:
@@ -85,14 +87,17 @@ class Losses:
         losses = self.engine.mean(torch.stack([loss for loss, _, _ in self.waiting])).tolist()
         norms = torch.stack([norm for _, norm, _ in self.waiting]).tolist()
         for loss, norm, (_, _, taken) in zip(losses, norms, self.waiting, strict=True):
-            if not isfinite(loss):
-                raise self._diverged("training loss", loss, taken)
-            if not isfinite(norm):
-                raise self._diverged("gradient of a finite training loss", norm, taken)
-            self.total += loss * len(taken.rows)
-            self.number += len(taken.rows)
-        self.latest = losses[-1]
+            self._take(loss, norm, taken)
         self.waiting.clear()
+
+    def _take(self, loss: float, norm: float, taken: Taken) -> None:
+        if not isfinite(loss):
+            raise self._diverged("training loss", loss, taken)
+        if not isfinite(norm):
+            raise self._diverged("gradient of a finite training loss", norm, taken)
+        self.total += loss * len(taken.rows)
+        self.number += len(taken.rows)
+        self.latest = loss
 
     def _diverged(self, what: str, value: float, taken: Taken) -> Diverged:
         rows = taken.rows.tolist()
