@@ -36,7 +36,9 @@ UNBORN = {
     ".place.json",
 }  # fmt: skip
 """What a folder holds in which a Run was about to begin: its run.json is written last."""
-LOGS = ("metrics.jsonl", "times.jsonl", "trials.jsonl", "resumes.jsonl")
+CUT_BACK = ("metrics.jsonl", "times.jsonl", "trials.jsonl")
+"""Logs that a resume shortens to what its state knew."""
+LOGS = (*CUT_BACK, "resumes.jsonl")
 PLACE = ".place.json"
 FINISHED, INTERRUPTED, RUNNING, FAILED = "finished", "interrupted", "running", "failed"
 

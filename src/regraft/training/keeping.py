@@ -13,7 +13,7 @@ from regraft.engine import Engine
 from regraft.errors import EnvironmentFault, RegraftError
 from regraft.models.classifier import Classifier
 from regraft.progress import OnProgress
-from regraft.run import FAILED, FINISHED, INTERRUPTED, LOGS, Run
+from regraft.run import CUT_BACK, FAILED, FINISHED, INTERRUPTED, Run
 from regraft.signals import Ended, Noted, noted
 from regraft.storage import Step as Committed
 from regraft.storage import cut_log, json_content, parse_json, remove_folder
@@ -149,7 +149,7 @@ class Keeper:
                 "kept": self.status,
                 "plan": None if self.plan is None else self.plan.model_dump(mode="json"),
                 "seconds": self.elapsed_s,
-                "logs": {name: self._size(name) for name in LOGS},
+                "logs": {name: self._size(name) for name in CUT_BACK},
                 "tensors": list(snapshot.tensors),
                 "training": snapshot.values,
             }
@@ -181,7 +181,7 @@ class Keeper:
             self.seconds = document["seconds"]
         self.number = self.saved = state.number
         if self.engine.is_main:
-            for name in LOGS:
+            for name in CUT_BACK:
                 cut_log(self.run.folder / name, document.get("logs", {}).get(name, 0))
 
     def drive(self, training: Generator[Any, None, None], on_progress: OnProgress) -> Trained:

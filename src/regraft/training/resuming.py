@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.engine import Engine
-from regraft.errors import ArtefactError, UsageError
+from regraft.errors import ArtefactError, UsageError, count
 from regraft.inputs import InputSpec
 from regraft.locks import writing
 from regraft.models.backbone import Backbone, is_own
@@ -153,5 +153,5 @@ def _origin(run: Run, arch: str | None) -> Classifier:
 
 def _where(run: Run, was: str, number: int) -> str:
     how = "ended without a word (killed, or out of memory)" if was == RUNNING else was
-    place = f"after {len(run.epochs())} epochs" if number else "at its beginning"
+    place = f"after {count(len(run.epochs()), 'epoch')}" if number else "at its beginning"
     return f"resume: `{run.folder}` was {how}; it goes on {place} (record {number})"
