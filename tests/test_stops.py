@@ -23,8 +23,8 @@ from regraft.locks import writing
 from regraft.progress import Note
 from regraft.run import Run
 from regraft.signals import SAME_S
+from regraft.training import comparing, keeping, resuming
 from regraft.training import contract as conditions
-from regraft.training import keeping, resuming
 from regraft.training.keeping import Keeper, Stopped
 from regraft.training.loop import Step
 from regraft.training.recipe import Recipe
@@ -387,6 +387,30 @@ def test_a_comparison_goes_on_with_the_arm_under_way(stage: Stage, tmp_path: Pat
         assert (out / "report.html").is_file() and not (out / "state").exists()
         for arm in ("transfer-0", "transfer-1", "scratch-0", "scratch-1"):
             assert tree(out / arm) == tree(tmp_path / "whole" / arm)
+
+
+def test_a_comparison_under_other_conditions_says_so(
+    stage: Stage, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out, start = tmp_path / "compared", stage.folder / "start"
+    recipe = Recipe.transfer("lp-ft").changed({"epochs": 2, "batch_size": 8})
+    with pytest.raises(Stopped):
+        api.compare(
+            stage.data("full"), out=out, start=start, seeds=1, arch=stage.arch, recipe=recipe,
+            on_progress=at_step(2, lambda: send(signal.SIGTERM)),
+        )  # fmt: skip
+    contract = conditions.contract
+
+    def other(engine: Any) -> dict[str, Any]:
+        return contract(engine) | {"threads": 5}
+
+    for module in (resuming, comparing):
+        monkeypatch.setattr(module, "contract", other)
+    with pytest.raises(ArtefactError, match="would not give the same bits here"):
+        api.resume(out, arch=stage.arch)
+    api.resume(out, arch=stage.arch, allow_inexact=True)
+    page = (out / "report.html").read_text()
+    assert "compared: not bit-reproducible, it went on under other conditions: threads: 1" in page
 
 
 def counted(work: Callable[[Any], None]) -> int:

@@ -260,6 +260,8 @@ def _compared_again(
     session, different = again(folder, asked, begun, how, engine, on_progress)
     if different:
         on_progress(Note(f"warning: not exact: {'; '.join(different)}"))
+        if session.engine.is_main:
+            Run(folder).log_resume({"inexact": different})
     return _compared(Arms(session, begun, asked, folder, how))
 
 

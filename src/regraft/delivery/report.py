@@ -124,7 +124,10 @@ def _comparison(folder: Path) -> dict[str, Any]:
     return {
         "kind": "comparison",
         "name": folder.resolve().name,
-        "notices": [notice for run in (*transfer, *scratch) for notice in _notices(run)],
+        "notices": [
+            *_inexact(folder),
+            *(notice for run in (*transfer, *scratch) for notice in _notices(run)),
+        ],
         "comparison": comparison,
         "has_enough_seeds": comparison["num_seeds"] >= LEAST_SEEDS,
         "metric": metric,
@@ -162,14 +165,19 @@ def _notices(run: Run) -> list[str]:
     notices = [] if state == FINISHED else [told.get(state, f"{name}: state {state}")]
     if allowed := run.record["data"]["options"].get("allow"):
         notices.append(f"{name}: findings in the data were allowed by name: {', '.join(allowed)}")
-    inexact = [each for resume in run.resumes() for each in resume["inexact"]]
-    if inexact:
-        other = "; ".join(dict.fromkeys(inexact))
-        notices.append(f"{name}: not bit-reproducible, it went on under other conditions: {other}")
+    notices += _inexact(run.folder)
     evaluation = _evaluation(run)
     if evaluation and evaluation["run"] != run.record["id"]:
         notices.append(f"{name}: its evaluation.json belongs to another run, {evaluation['run']}")
     return notices
+
+
+def _inexact(folder: Path) -> list[str]:
+    """Returns that a Run or comparison went on under other conditions, if it did."""
+    resumes = read_json_lines(folder / "resumes.jsonl")
+    other = "; ".join(dict.fromkeys(each for resume in resumes for each in resume["inexact"]))
+    told = f"{folder.resolve().name}: not bit-reproducible, it went on under other conditions: "
+    return [told + other] if other else []
 
 
 def _status(run: Run) -> dict[str, Any]:
