@@ -21,7 +21,6 @@ def reference() -> str:
     """Returns the page."""
     commands = app.generate_docs(heading_level=2)
     commands = commands[commands.index("## ", 4) :] if "## Table" in commands else commands
-    commands = re.sub(r"## Table of Contents\n.*?(?=\n## |\n\*\*Commands)", "", commands, flags=re.S)
     commands = re.sub(r"\n[ \t]+(?=\S)", " ", commands)  # help texts that go on in the next line
     recipe = "\n".join(_rows(Recipe))
     phase = "\n".join(_rows(Phase))

@@ -25,6 +25,10 @@ from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 def build(side: int, num_classes: int, *, frozen: bool) -> keras.Model:
     inner = keras.applications.VGG16(weights=None, include_top=False, input_shape=(side, side, 3))
     inner.trainable = not frozen
+    if not frozen:  # from Keras' own start (Glorot) plain VGG16 stays at the entropy of the labels
+        for layer in inner.layers:
+            if layer.weights:
+                layer.kernel.assign(keras.initializers.HeNormal()(layer.kernel.shape))
     top = layers.Flatten() if frozen else layers.GlobalAveragePooling2D()
     head = layers.Dense(num_classes, activation="softmax")
     return keras.Sequential([inner, top, head])
