@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp carries the checksum of what it installed: a .venv that is right starts at once.
 READY := .venv/ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-all lint bench quality faults fuzz
+.PHONY: setup demo test test-all lint bench quality reference faults fuzz
 setup: $(READY)
 
 $(READY):
@@ -42,3 +42,6 @@ quality: setup
 # Random damage to images of every format, for a minute; findings are kept in fuzz-findings/.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz.py --seconds 60
+
+reference: setup
+	$(BIN)/python docs/make_reference.py
