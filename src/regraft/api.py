@@ -14,6 +14,8 @@ from regraft.data.checks import Checked, check_data
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.data.intensity import refuse_other_scales
 from regraft.data.listing import list_images
+from regraft.delivery.deployed import Agreement
+from regraft.delivery.export import export_classifier
 from regraft.delivery.gate import granted
 from regraft.delivery.report import write_report
 from regraft.delivery.service import Service, web_part
@@ -22,6 +24,7 @@ from regraft.disk import require_writable
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, DataError, UsageError, count, shorten
 from regraft.evaluation.compare import LEAST_SEEDS
+from regraft.evaluation.evidence import LEAST_EVIDENCE, cached_evidence, evidence_in
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.testing import (
     fitting_channels,
@@ -382,6 +385,41 @@ def check(
     """
     folders, run = [Path(folder) for folder in data], None if start is None else Path(start)
     return check_data(folders, options or DataOptions(), start=run, on_progress=on_progress)
+
+
+def export(
+    run: Place,
+    *,
+    to: str,
+    out: Place,
+    data: Data | None = None,
+    images: int = LEAST_EVIDENCE,
+    license: str = "unknown",
+    arch: str | None = None,
+    on_progress: OnProgress = quiet,
+) -> Agreement:
+    """Writes the model for other programs, with a model card, if it says there what it says here.
+
+    Args:
+        run: A Run, or a bare Classifier folder.
+        to: onnx, timm or torch.
+        out: New file, or folder of timm.
+        data: Images to check it on; None: the Run's own, as its training has decoded them.
+        images: How many of them, at most.
+        license: Of the weights, in Hugging Face's words; yours to say.
+    """
+    classifier = Classifier.load(run, arch=arch)
+    own = Run.open(run) if (Path(run) / "run.json").is_file() else None
+    if data is not None:
+        dataset = data if isinstance(data, Dataset) else Dataset.open(data, whole=True)
+        evidence = evidence_in(dataset, own, classifier.inputs, images)
+        refuse_inside(Path(out), dataset.root)
+    elif own is not None:
+        evidence = cached_evidence(own, classifier.inputs, images)
+    else:
+        raise UsageError("an export is checked on real images", hint="give some: `--data DATA`")
+    on_progress(Note(f"checking on {evidence.told}"))
+    return export_classifier(classifier, to, Path(out), evidence, own, license)
 
 
 def report(folders: Sequence[Place], *, out: Place) -> Path:

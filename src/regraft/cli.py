@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import check, foreign, models, resuming, serving, training, verify
+from regraft.commands import check, delivering, foreign, models, resuming, serving, training, verify
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
 from regraft.faults import VARIABLE, is_armed
 from regraft.signals import raised
@@ -37,6 +37,7 @@ for command in (
     models.report,
     serving.serve,
     verify.verify,
+    delivering.export,
 ):
     app.command(command)
 app.command(foreign.import_, name="import")

@@ -5,7 +5,7 @@ and decode rule: the same images in another folder find it again.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from regraft.storage import (
 
 MOST_IN_MEMORY = 4 * 2**30  # bytes of an array of images, where the disk is full; assumed
 DIGEST_BYTES = 16  # of a SHA-256: two of 200,000 images agree by chance once in 1e28
+PIXEL_TYPES = ("uint8", "uint16", "int16", "float32")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Cache:
                 f"the cache `{cache_home()}` lies inside the data, which is never written to",
                 hint="set REGRAFT_CACHE to another folder",
             )
-        folder = cache_home() / _key(dataset, size, channels)
+        hashes = [sample.sha256 for sample in dataset.samples]
+        folder = cache_home() / _key(hashes, size, channels, dataset.pixel_type)
         while (cached := _load(folder)) is None:  # again, where another process removed it
             make_cache(folder.parent)
             remove_leftovers(folder.parent)
@@ -112,6 +114,15 @@ class Cache:
                     dataset.without(found.broken), size, channels, on_progress, on_note
                 )
         return cached, dataset
+
+    @classmethod
+    def find(cls, hashes: Sequence[str], size: tuple[int, int], channels: int) -> "Cache | None":
+        """Returns what was decoded before of the images with these contents, in their order."""
+        for pixel_type in PIXEL_TYPES:
+            cached = _load(cache_home() / _key(hashes, size, channels, pixel_type))
+            if cached is not None:
+                return cached
+        return None
 
     def extremes(self, rows: NDArray[np.int64]) -> tuple[float, float]:
         """Returns the smallest and the largest value of these images."""
@@ -168,9 +179,8 @@ def _load(folder: Path) -> Cache | None:
         return None
 
 
-def _key(dataset: Dataset, size: tuple[int, int], channels: int) -> str:
-    contents = [sample.sha256 for sample in dataset.samples]
-    return sha256_of([3, DECODER, list(size), channels, dataset.pixel_type, contents])
+def _key(hashes: Sequence[str], size: tuple[int, int], channels: int, pixel_type: str) -> str:
+    return sha256_of([3, DECODER, list(size), channels, pixel_type, list(hashes)])
 
 
 class _BrokenImages(Exception):

@@ -6,7 +6,7 @@ B batch, C channels, H height, W width, D features, N tokens.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -37,9 +37,10 @@ SPARE_VALUES = 10_000_000  # of children that are dropped, and never saved; assu
 class Backbone(nn.Module):
     """Images to features: a network without its classifier, ending in global average pooling.
 
-    For a timm architecture that is `forward_features` and a mean over positions. A neck that
-    belongs to the classifier (VGG's fc6 and fc7, 119.5 of its 134.3 million parameters) is left
-    out, so any input size from the network's smallest works.
+    For a timm architecture that is `forward_features` and a mean over positions, with the norm that
+    some have behind it (ConvNeXt). A neck that belongs to the classifier (VGG's fc6 and fc7, 119.5
+    of its 134.3 million parameters) is left out, so any input size from the network's smallest
+    works.
 
     Attributes:
         arch: A timm name, or `file.py:factory` / `package.module:factory` of the user's.
@@ -56,6 +57,8 @@ class Backbone(nn.Module):
         self.body = body
         self.inputs = inputs
         self.random = frozenset(self.state_dict())
+        children = dict(body.named_children())
+        self._pool = next((name for name in children if _is_normed_pool(children[name])), None)
         self.width = self._measured_width()
         groups, self._ends = stages(body)
         self.stages = tuple(tuple(f"body.{name}" for name in group) for group in groups)
@@ -93,7 +96,7 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Returns features_BD."""
-        return self._pooled(self._maps(images_BCHW))
+        return self._features(self._maps(images_BCHW))
 
     def stage_features(self, images_BCHW: Tensor) -> list[Tensor]:
         """Returns the pooled outputs of each stage, from the stem to the top; the last ones are
@@ -137,11 +140,18 @@ class Backbone(nn.Module):
         """Returns features_BD from the activations at the cut."""
         if not cut.below:
             return activations
-        return self._pooled(run_above(self.body, cut, activations))
+        return self._features(run_above(self.body, cut, activations))
 
     def _maps(self, images_BCHW: Tensor) -> Tensor:
         forward: Callable[[Tensor], Tensor] = getattr(self.body, "forward_features", self.body)
         return forward(images_BCHW)
+
+    def _features(self, maps: Tensor) -> Tensor:
+        """Returns features_BD from the last maps."""
+        if self._pool is None:
+            return self._pooled(maps)
+        features: Tensor = self.body.get_submodule(self._pool)(maps)
+        return features
 
     def _pooled(self, maps: Tensor) -> Tensor:
         if maps.ndim == 4:
@@ -239,13 +249,16 @@ def _timm_network(arch: str, inputs: InputSpec) -> nn.Module:
     return body
 
 
-def whole_network(arch: str, inputs: InputSpec, num_classes: int) -> nn.Module | None:
+def whole_network(
+    arch: str, inputs: InputSpec, num_classes: int, arguments: Mapping[str, Any] | None = None
+) -> nn.Module | None:
     """Returns a network of timm with its own classifier, as others train it; None for own ones."""
     import timm
 
     name, options = VARIANTS.get(arch, (arch, {}))
     if is_own(arch) or not timm.is_model(name):
         return None
+    options = {**options, **(arguments or {})}
     network: nn.Module = timm.create_model(
         name, pretrained=False, num_classes=num_classes, in_chans=inputs.channels, **options
     )
@@ -277,6 +290,14 @@ def refuse_larger(arch: str, inputs: InputSpec, num_values: int) -> None:
         )
 
 
+def load_timm_folder(folder: Path) -> nn.Module:
+    """Returns the network of a folder in timm's form, as everyone else would load it."""
+    import timm
+
+    network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return network.eval()
+
+
 def _drop_unused(body: nn.Module, inputs: InputSpec) -> None:
     """Replaces the children that `forward_features` never calls: they belong to the classifier."""
     parts = [(name, inner) for name, module in body.named_children() for inner in module.modules()]
@@ -288,8 +309,16 @@ def _drop_unused(body: nn.Module, inputs: InputSpec) -> None:
     with evaluating(body):
         used = called(parts, dry, torch.empty(0))
     for name, module in list(body.named_children()):
-        if name not in used and any(True for _ in module.parameters()):
+        has_tensors = any(True for _ in module.parameters())
+        if name not in used and has_tensors and not _is_normed_pool(module):
             setattr(body, name, nn.Identity())
+
+
+def _is_normed_pool(module: nn.Module) -> bool:
+    """Whether it is timm's pooling with a norm behind it, and nothing else that has tensors."""
+    owners = [inner for inner in module.modules() if any(True for _ in inner.parameters(False))]
+    is_normed = bool(owners) and all(isinstance(inner, NORMS) for inner in owners)
+    return is_normed and hasattr(module, "global_pool")
 
 
 def _own_network(arch: str, inputs: InputSpec) -> nn.Module:
