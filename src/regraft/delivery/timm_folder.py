@@ -76,11 +76,7 @@ def _whole_form(classifier: Classifier) -> tuple[nn.Module, dict[str, Any]]:
         network = None if inputs.clips else _made(classifier, arguments)
         if network is None:
             continue
-        names = _classifier_names(network)
-        own = {
-            name.removeprefix("body."): t for name, t in classifier.backbone.state_dict().items()
-        }
-        state = own | dict(zip(names, (classifier.head.weight, classifier.head.bias), strict=True))
+        state = _timm_state(classifier, network)
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
         if shapes == {name: tensor.shape for name, tensor in state.items()}:
             network.load_state_dict(state)
