@@ -30,6 +30,7 @@ COMMANDS = {
     for name in (
         "arguments",
         "check",
+        "delivering",
         "foreign",
         "models",
         "resuming",
@@ -51,13 +52,16 @@ DOORS = {
     "jinja2": {"delivery/pages.py"},
     "matplotlib": {"delivery/figures.py"},
     "h5py": {"models/keras_files.py"},
+    "onnx": {"delivery/export.py"},
+    "onnxscript": {"delivery/export.py"},
+    "onnxruntime": {"delivery/export.py"},
     "fastapi": {"delivery/serve.py"},
     "starlette": {"delivery/serve.py"},
     "uvicorn": {"delivery/serve.py"},
     "h11": {"delivery/serve.py"},
 }
 LAZY = {
-    "h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich", "tifffile",
+    "onnx", "onnxscript", "onnxruntime", "h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich", "tifffile",
     "imagecodecs", "pydicom", "gdcm",
 }  # fmt: skip
 WITHOUT_TORCH = {

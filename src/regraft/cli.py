@@ -34,15 +34,15 @@ for command in (
     training.recipe,
     models.evaluate,
     models.predict,
+    delivering.export,
     models.report,
     serving.serve,
     verify.verify,
-    delivering.export,
 ):
     app.command(command)
 app.command(foreign.import_, name="import")
 # Commands of one process.
-ALONE = ("check", "demo", "import", "predict", "recipe", "report", "serve", "verify")
+ALONE = ("check", "demo", "export", "import", "predict", "recipe", "report", "serve", "verify")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
