@@ -61,7 +61,8 @@ DOORS = {
     "h11": {"delivery/serve.py"},
 }
 LAZY = {
-    "onnx", "onnxscript", "onnxruntime", "h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich", "tifffile",
+    "onnx", "onnxscript", "onnxruntime",
+    "h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich", "tifffile",
     "imagecodecs", "pydicom", "gdcm",
 }  # fmt: skip
 WITHOUT_TORCH = {
