@@ -42,11 +42,11 @@ def place(
     make_shapes(("NORMAL", "PNEUMONIA"), 10, name="chest_xray", splits=("train", "test"))
     make_shapes(("NORMAL", "PNEUMONIA"), 6, name="other_hospital", seed=9, splits=("test",))
     make_shapes(("mild", "severe"), 12, name="knees", seed=1)
-    make_shapes(("ap", "pa"), 12, name="projections", seed=2)
+    make_shapes(("ap", "pa"), 20, name="projections", seed=2)
     make_shapes(("a", "b"), 2, name="new_images", seed=3)
     _deep(make_shapes(("one", "two"), 12, name="scans", seed=4))
     _deep(make_shapes(("one", "two"), 12, name="knees16", seed=5))
-    for image in (tmp_path / "chest_xray").rglob("*.png"):
+    for image in [*tmp_path.glob("chest_xray/*/*/*"), *tmp_path.glob("projections/*/*")]:
         number = image.stem.rpartition("_")[2]
         patient = f"{image.parent.parent.name}{image.parent.name[0]}{int(number) // 2}"
         image.rename(image.with_name(f"{patient}_{number}.png"))
