@@ -81,13 +81,25 @@ def test_torchvisions_vgg_gives_its_own_features(tmp_path: Path) -> None:
 def test_a_head_that_is_more_than_one_layer_on_means_is_left_out(tmp_path: Path) -> None:
     import timm
 
-    network = timm.create_model("convnext_atto", num_classes=3).eval()
+    # Its head stands on the class token, and regraft's on the mean over patches.
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32).eval()
     save_file(network.state_dict(), tmp_path / "net.safetensors")
-    classifier, notes = taken(tmp_path / "net.safetensors", "convnext_atto")
+    classifier, notes = taken(tmp_path / "net.safetensors", "vit_tiny_patch16_224")
     with torch.no_grad():
-        theirs = network.forward_features(images()).mean((2, 3))
+        theirs = network.forward_features(images())[:, 1:].mean(1)
         assert torch.allclose(classifier.eval().backbone(images()), theirs, atol=1e-5)
     assert "more than one linear layer on the means of its maps" in " ".join(notes)
+
+
+def test_a_norm_behind_the_pooling_is_kept_with_the_head(tmp_path: Path) -> None:
+    import timm
+
+    network = timm.create_model("convnext_atto", num_classes=3).eval()
+    save_file(network.state_dict(), tmp_path / "net.safetensors")
+    classifier, _ = taken(tmp_path / "net.safetensors", "convnext_atto")
+    assert classifier.lineage[0]["head"] == "kept"
+    with torch.no_grad():
+        assert torch.allclose(classifier.eval()(images()), network(images()), atol=1e-5)
 
 
 def test_tensors_of_another_network_are_refused_by_name(resnet: nn.Module, tmp_path: Path) -> None:
