@@ -31,8 +31,8 @@ from regraft.data.dataset import Dataset
 from regraft.data.decode import read_content, read_pixels
 from regraft.data.listing import list_images
 from regraft.engine import Engine
+from regraft.evaluation.predicting import predict_files
 from regraft.evaluation.predictions import eval_batch, infer
-from regraft.evaluation.testing import predict_files
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier

@@ -25,7 +25,7 @@ import numpy as np
 
 from regraft.data.listing import list_images
 from regraft.engine import Engine
-from regraft.evaluation.testing import predict_files
+from regraft.evaluation.predicting import predict_files
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier

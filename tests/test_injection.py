@@ -15,7 +15,8 @@ from PIL import Image
 from regraft.data.decode import encode_png, read_whole
 from regraft.delivery.figures import arms
 from regraft.errors import readable
-from regraft.evaluation.predictions import Predictions, to_csv
+from regraft.evaluation.predictions import Predictions
+from regraft.evaluation.rows import to_csv
 from test_report import Page, evaluation_of, make_comparison, make_run, page_of, write
 
 SIMPLE = "alert(1)"

@@ -33,6 +33,7 @@ COMMANDS = {
         "delivering",
         "foreign",
         "models",
+        "predicting",
         "resuming",
         "serving",
         "training",
@@ -52,6 +53,7 @@ DOORS = {
     "jinja2": {"delivery/pages.py"},
     "matplotlib": {"delivery/figures.py"},
     "h5py": {"models/keras_files.py"},
+    "pyarrow": {"evaluation/embeddings.py"},
     "onnx": {"delivery/export.py"},
     "onnxscript": {"delivery/export.py"},
     "onnxruntime": {"delivery/export.py"},
@@ -61,7 +63,7 @@ DOORS = {
     "h11": {"delivery/serve.py"},
 }
 LAZY = {
-    "onnx", "onnxscript", "onnxruntime",
+    "onnx", "onnxscript", "onnxruntime", "pyarrow",
     "h5py", "timm", "accelerate", "sklearn", "matplotlib", "jinja2", "rich", "tifffile",
     "imagecodecs", "pydicom", "gdcm",
 }  # fmt: skip

@@ -5,7 +5,8 @@ import pytest
 from sklearn import metrics as sk
 
 from regraft.evaluation.metrics import METRICS, _score_intervals, evaluate_predictions, point
-from regraft.evaluation.predictions import Predictions, softmax, to_csv, to_records
+from regraft.evaluation.predictions import Predictions, softmax
+from regraft.evaluation.rows import to_csv, to_records
 
 
 def random_predictions(

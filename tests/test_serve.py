@@ -35,7 +35,8 @@ from regraft.delivery.service import Service, web_part
 from regraft.engine import Engine, evaluating
 from regraft.errors import EnvironmentFault, UsageError
 from regraft.evaluation.answers import Answers
-from regraft.evaluation.predictions import eval_batch, outputs_of, to_records
+from regraft.evaluation.predictions import eval_batch, outputs_of
+from regraft.evaluation.rows import to_records
 from regraft.evaluation.testing import own_rows, predict_dataset
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone

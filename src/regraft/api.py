@@ -3,7 +3,7 @@
 `on_progress` is told `Note`, `Counting`, `Step`, `Epoch`, `Plan` and `Trial` records.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from regraft.data.cache import Cache
 from regraft.data.checks import Checked, check_data
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.data.intensity import refuse_other_scales
-from regraft.data.listing import list_images
+from regraft.data.requested import requested
 from regraft.delivery.deployed import Agreement
 from regraft.delivery.export import export_classifier
 from regraft.delivery.gate import granted
@@ -22,15 +22,16 @@ from regraft.delivery.service import Service, web_part
 from regraft.delivery.verification import verify as verified
 from regraft.disk import require_writable
 from regraft.engine import Engine
-from regraft.errors import ArtefactError, DataError, UsageError, count, shorten
+from regraft.errors import ArtefactError, UsageError
 from regraft.evaluation.compare import LEAST_SEEDS
 from regraft.evaluation.evidence import LEAST_EVIDENCE, cached_evidence, evidence_in
+from regraft.evaluation.judging import refuse_unmeasured
+from regraft.evaluation.predicting import predict_files
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.testing import (
     fitting_channels,
     own_rows,
     predict_dataset,
-    predict_files,
     record_evaluation,
     test_images,
 )
@@ -38,6 +39,7 @@ from regraft.inputs import InputSpec
 from regraft.locks import refuse_busy, writing
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
+from regraft.models.doubt import DEFAULT_RATE
 from regraft.models.foreign import Import, import_classifier
 from regraft.progress import Note, OnProgress, counting, quiet
 from regraft.run import FINISHED, Run, elsewhere, refuse_existing, refuse_inside
@@ -305,34 +307,36 @@ def evaluate(
 
 def predict(
     run: Place,
-    images: Sequence[Place],
+    images: Sequence[Place] = (),
     *,
+    csv: Place | None = None,
+    image_column: str = "image",
+    lines: Iterable[str] = (),
+    error_rate: float = DEFAULT_RATE,
     intensity_range: tuple[float, float] | None = None,
     arch: str | None = None,
     engine: Engine | None = None,
     on_progress: OnProgress = quiet,
 ) -> tuple[Predictions | None, list[tuple[str, str]]]:
-    """Classifies image files and folders.
+    """Classifies images, and says of which it is unsure and which are like none it has seen.
 
     Args:
+        images: Files and folders; `-` stands for `lines`.
+        csv: A table that names images; paths are relative to its folder.
+        lines: Paths, one a line.
+        error_rate: Of images that are not unsure, at most so many are to be wrong.
         intensity_range: The values that are black and white; None: those of the training.
 
     Returns:
         The table (None if no image could be read), and the broken files with their reasons.
     """
-    paths = [Path(image) for image in images]
-    if missing := [path for path in paths if not path.exists()]:
-        raise DataError(f"image or folder not found: `{missing[0]}`", hint="check the path")
-    files, left_out = list_images(paths)
-    if left_out:
-        named = shorten(path for path, _ in left_out)
-        on_progress(Note(f"{count(len(left_out), 'file')} left out, no images by name: {named}"))
-    if not files:
-        raise DataError(f"`{paths[0]}` holds no images", hint="name image files, or their folder")
+    paths, table = [Path(image) for image in images], None if csv is None else Path(csv)
+    files = requested(paths, table, image_column, lines, on_progress)
     classifier, engine = Classifier.load(run, arch=arch), engine or Engine()
+    refuse_unmeasured(classifier, error_rate, on_progress)
     classifier.backbone.inputs = classifier.inputs.with_given_range(intensity_range)
     engine.place(classifier)
-    return predict_files(classifier, files, engine, on_progress)
+    return predict_files(classifier, files, engine, on_progress, error_rate)
 
 
 def serve(

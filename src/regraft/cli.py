@@ -12,7 +12,17 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import check, delivering, foreign, models, resuming, serving, training, verify
+from regraft.commands import (
+    check,
+    delivering,
+    foreign,
+    models,
+    predicting,
+    resuming,
+    serving,
+    training,
+    verify,
+)
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
 from regraft.faults import VARIABLE, is_armed
 from regraft.signals import raised
@@ -33,7 +43,7 @@ for command in (
     resuming.resume,
     training.recipe,
     models.evaluate,
-    models.predict,
+    predicting.predict,
     delivering.export,
     models.report,
     serving.serve,

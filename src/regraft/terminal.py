@@ -83,6 +83,11 @@ def print_evaluation(document: dict[str, Any]) -> None:
         numbers = [document[name][key] for key in ("value", "low", "high")]
         shown = ["-" if number is None else f"{number:.4f}" for number in numbers]
         print(f"{name:<18} {shown[0]}  {shown[1]} to {shown[2]}")
+    if (answered := document["answered"]) is not None:
+        print(
+            f"not unsure: {answered['n']} images ({answered['share']:.0%}), of which "
+            f"{answered['errors']} are wrong; at most {answered['promised_error_rate']:.0%} are to be"
+        )
     print(f"\n{'class':<24} {'n':>6}  precision  recall  f1")
     for row in document["per_class"]:
         numbers = [row["precision"], row["recall"], row["f1"]]

@@ -52,6 +52,31 @@ def list_table(root: Path, file: Path, columns: Columns) -> Listing:
     return _listed(root, file, columns, rows)
 
 
+def image_paths(file: Path, column: str) -> list[str]:
+    """Returns the paths in one column of a table, as they stand there; labels are not needed.
+
+    Raises:
+        UsageError: The table is missing or lacks the column.
+        DataError: It is no such table in UTF-8.
+    """
+    text, columns = _text(file), _OnlyImage(column)
+    if file.suffix.lower() in JSON_LINES:
+        rows = _json_rows(text, file)
+        if column == Columns().image and rows and column not in rows[0]:
+            column = FILE_NAME
+        _refuse_missing([column], list(rows[0]) if rows else [], file)
+    else:
+        rows = list(_csv_rows(text, file, columns))
+    return [name for row in rows if (name := _cell(row.get(column)))]
+
+
+@dataclass(frozen=True)
+class _OnlyImage(Columns):
+    @property
+    def named(self) -> list[str]:
+        return [self.image]
+
+
 def list_metadata(root: Path, columns: Columns) -> Listing | None:
     """Lists what the `metadata.jsonl` of a folder, or of its split folders, says of its images.
 

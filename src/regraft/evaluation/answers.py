@@ -10,13 +10,9 @@ from torch import Tensor
 from regraft.data.batches import normalised
 from regraft.data.decode import Pixels
 from regraft.engine import Engine, evaluating
-from regraft.evaluation.predictions import (
-    Predictions,
-    eval_batch,
-    outputs_of,
-    softmax,
-    to_records,
-)
+from regraft.evaluation.judging import WithFeatures, divided, judged
+from regraft.evaluation.predictions import Predictions, eval_batch, outputs_of, softmax
+from regraft.evaluation.rows import to_records
 from regraft.models.classifier import Classifier
 
 
@@ -38,24 +34,25 @@ class Answers:
         classifier.load_state_dict(state, assign=True)
         engine.place(classifier)
         self.classifier, self.engine = classifier, engine
+        self.network = WithFeatures(classifier)
         self.sizes: tuple[int, ...] = self._equal_sizes()
 
     def __call__(self, images: Sequence[Pixels]) -> list[dict[str, Any]]:
         """Returns a record for each of at most `sizes[-1]` images; see `to_records`."""
         batch_BCHW = torch.cat([self._normalised(image) for image in images])
         size = next(size for size in self.sizes if size >= len(images))
-        probabilities = softmax(self._outputs(batch_BCHW, size))
+        logits_NK, features_ND = divided(self._outputs(batch_BCHW, size), self.classifier)
         names = tuple(map(str, range(len(images))))
-        table = Predictions(names, self.classifier.class_names, probabilities)
-        return to_records(table, ())
+        table = Predictions(names, self.classifier.class_names, softmax(logits_NK))
+        return to_records(judged(table, self.classifier, features_ND), ())
 
     def _normalised(self, image: Pixels) -> Tensor:
         return normalised(image[None], self.classifier.inputs, self.engine.device)
 
     def _outputs(self, images_BCHW: Tensor, size: int) -> Any:
-        with evaluating(self.classifier), torch.inference_mode(), self.engine.autocast():
+        with evaluating(self.network), torch.inference_mode(), self.engine.autocast():
             images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-            return outputs_of(self.classifier, images_BCHW, size)
+            return outputs_of(self.network, images_BCHW, size)
 
     def _equal_sizes(self) -> tuple[int, ...]:
         inputs = self.classifier.inputs

@@ -3,11 +3,8 @@
 N images, K classes.
 """
 
-import csv
-import io
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +30,9 @@ class Predictions:
         probabilities: NxK, float64, rows sum to 1.
         truth: N class indices, or None where nobody knows.
         groups: N names of what belongs together (a patient; else the image itself), or None.
+        unsure: Which are not sure enough for the error rate asked for; None where nobody knows.
+        unfamiliar: Which are far from all images learned from; likewise.
+        features: NxD, what the probabilities were made of; None where nobody asked.
     """
 
     paths: tuple[str, ...]
@@ -40,6 +40,9 @@ class Predictions:
     probabilities: NDArray[np.float64]
     truth: NDArray[np.int64] | None = None
     groups: tuple[str, ...] | None = None
+    unsure: NDArray[np.bool_] | None = None
+    unfamiliar: NDArray[np.bool_] | None = None
+    features: NDArray[np.float32] | None = None
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -137,46 +140,3 @@ def softmax(logits_NK: NDArray[np.float32]) -> NDArray[np.float64]:
     exponential = np.exp(shifted)
     normalised: NDArray[np.float64] = exponential / exponential.sum(axis=1, keepdims=True)
     return normalised
-
-
-def to_csv(predictions: Predictions | None, broken: Sequence[tuple[str, str]] = ()) -> str:
-    """Returns a CSV (RFC 4180): path, truth if known, predicted, probability of each class, error.
-
-    A cell that a spreadsheet would take for a formula is quoted with an apostrophe.
-    """
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\r\n")
-    names = predictions.class_names if predictions is not None else ()
-    truth = predictions.truth if predictions is not None else None
-    head = ["path", *(["truth"] if truth is not None else []), "predicted", "probability"]
-    writer.writerow(head + [_safe(f"p({name})") for name in names] + ["error"])
-    for row, path in enumerate(predictions.paths if predictions is not None else ()):
-        assert predictions is not None
-        probabilities = predictions.probabilities[row]
-        best = int(probabilities.argmax())
-        known = [_safe(names[truth[row]])] if truth is not None else []
-        numbers = [f"{value:.6f}" for value in (probabilities[best], *probabilities)]
-        writer.writerow([_safe(path), *known, _safe(names[best]), *numbers, ""])
-    for path, reason in broken:
-        blank = [""] * (len(head) - 1 + len(names))
-        writer.writerow([_safe(path), *blank, _safe(reason)])
-    return stream.getvalue()
-
-
-def to_records(
-    predictions: Predictions | None, broken: Sequence[tuple[str, str]]
-) -> list[dict[str, Any]]:
-    """Returns the same rows for JSON."""
-    rows: list[dict[str, Any]] = []
-    if predictions is not None:
-        for path, probabilities in zip(predictions.paths, predictions.probabilities, strict=True):
-            named = dict(zip(predictions.class_names, probabilities.tolist(), strict=True))
-            best = predictions.class_names[int(probabilities.argmax())]
-            rows.append({"path": path, "predicted": best, "probabilities": named})
-    return rows + [{"path": path, "error": reason} for path, reason in broken]
-
-
-def _safe(cell: str) -> str:
-    # CWE-1236: these start a formula in common spreadsheets.
-    cell = cell.encode("utf-8", "backslashreplace").decode("utf-8")
-    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r", "\0") else cell

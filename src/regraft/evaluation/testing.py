@@ -1,42 +1,26 @@
 """The test images of a Run: found again by content, predicted plainly, and written down."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from regraft.data.batches import eval_batches, normalised
+from regraft.data.batches import eval_batches
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset, Sample, unusable
 from regraft.data.decode import (
-    Pixels,
-    UnreadableImage,
     encode_png,
-    has_frames,
-    map_in_threads,
-    read_content,
-    read_input,
 )
-from regraft.engine import Engine, evaluating
+from regraft.engine import Engine
 from regraft.errors import DataError, UsageError, count, shorten
+from regraft.evaluation.judging import WithFeatures, divided, judged, kept_rate
 from regraft.evaluation.metrics import evaluate_predictions
-from regraft.evaluation.predictions import (
-    Predictions,
-    eval_batch,
-    infer,
-    outputs_of,
-    softmax,
-    to_csv,
-)
-from regraft.inputs import InputSpec
+from regraft.evaluation.predictions import Predictions, eval_batch, infer, softmax
+from regraft.evaluation.rows import to_csv
 from regraft.models.classifier import Classifier
-from regraft.progress import Note, OnProgress, counting
 from regraft.run import Run
 from regraft.storage import committed_folder, json_content, remove_leftovers, sha256_of, write_bytes
 
@@ -134,7 +118,9 @@ def predict_dataset(
         device=engine.device,
         shard=engine.shard,
     )
-    return tabulate(infer(classifier, batches, engine, batch_size), dataset, rows)
+    outputs_NX = infer(WithFeatures(classifier), batches, engine, batch_size)
+    logits_NK, features_ND = divided(outputs_NX, classifier)
+    return judged(tabulate(logits_NK, dataset, rows), classifier, features_ND)
 
 
 def tabulate(
@@ -170,6 +156,7 @@ def record_evaluation(
         "split": split,
         "images": _fingerprint(dataset, predictions.paths),
         **evaluate_predictions(predictions),
+        "answered": kept_rate(predictions),
         "excluded": [{"path": path, "reason": why} for path, why in dataset.excluded],
         "num_mistakes": int((predictions.predicted != predictions.truth).sum()),
         "mistakes": [_mistake(predictions, int(position)) for position in worst],
@@ -189,72 +176,6 @@ def record_evaluation(
         "evaluation.json": json_content(document),
     })  # fmt: skip
     return document
-
-
-def predict_files(
-    classifier: Classifier,
-    files: Sequence[tuple[Path, str]],
-    engine: Engine,
-    on_progress: OnProgress,
-) -> tuple[Predictions | None, list[tuple[str, str]]]:
-    """Predicts (root, path) images; returns the table and the broken files with their reasons."""
-    inputs = classifier.inputs
-    told, batch_size = counting(on_progress, "predicting"), eval_batch(inputs.size, engine.device)
-    broken: list[tuple[str, str]] = []
-    names: list[str] = []
-    several: list[str] = []
-
-    def read(file: tuple[Path, str]) -> Pixels | UnreadableImage:
-        root, path = file
-        try:
-            content = read_content(root, path)
-            if has_frames(content):
-                several.append(str(root / path))
-            return read_input(content, inputs)
-        except UnreadableImage as error:
-            return error
-
-    def batches() -> Iterator[Tensor]:
-        waiting: list[Pixels] = []
-        for number, ((root, path), pixels) in enumerate(
-            zip(files, map_in_threads(read, files), strict=True), start=1
-        ):
-            told(number, len(files))
-            if isinstance(pixels, UnreadableImage):
-                broken.append((str(root / path), str(pixels)))
-                continue
-            names.append(str(root / path))
-            if waiting and waiting[0].dtype != pixels.dtype:
-                yield _stacked(waiting, inputs, engine)
-                waiting.clear()
-            waiting.append(pixels)
-            if len(waiting) == batch_size:
-                yield _stacked(waiting, inputs, engine)
-                waiting.clear()
-        if waiting:
-            yield _stacked(waiting, inputs, engine)
-
-    outputs = list(_infer_all(classifier, batches(), engine, batch_size))
-    if several:
-        noun = count(len(several), "file has", "files have")
-        shown = shorten(sorted(several))
-        on_progress(Note(f"{noun} more than one frame or page, the first was read: {shown}"))
-    if not outputs:
-        return None, broken
-    probabilities = softmax(np.concatenate(outputs))
-    return Predictions(tuple(names), classifier.class_names, probabilities), broken
-
-
-def _infer_all(
-    classifier: Classifier, batches: Iterator[Tensor], engine: Engine, batch_size: int
-) -> Iterator[NDArray[np.float32]]:
-    with evaluating(classifier), torch.inference_mode(), engine.autocast():
-        for images_BCHW in batches:
-            yield outputs_of(classifier, images_BCHW, batch_size)
-
-
-def _stacked(waiting: Sequence[Pixels], inputs: InputSpec, engine: Engine) -> Tensor:
-    return normalised(np.stack(waiting), inputs, engine.device)
 
 
 def _mistake(predictions: Predictions, position: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regraft.errors import ArtefactError, UsageError, count, shorten
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone, refuse_larger, refuse_unnamed_code
+from regraft.models.doubt import Doubt
 from regraft.models.head import Head
 from regraft.run import refuse_existing
 from regraft.storage import (
@@ -55,7 +56,10 @@ class Classifier(nn.Module):
     Attributes:
         class_names: In the order of the logits.
         lineage: One record for each training behind the weights, the oldest first.
+        doubt: When it is unsure; None: nobody has measured it.
     """
+
+    doubt: Doubt | None = None
 
     def __init__(self, backbone: Backbone, class_names: tuple[str, ...], *, seed: int = 0) -> None:
         super().__init__()
@@ -97,6 +101,7 @@ class Classifier(nn.Module):
         return {
             WEIGHTS: packed(self.state_dict()),
             MODEL: json_content(document.model_dump(mode="json")),
+            **({} if self.doubt is None else self.doubt.contents()),
         }
 
     @classmethod
@@ -147,6 +152,7 @@ class Classifier(nn.Module):
         classifier = cls(backbone, tuple(description.class_names))
         classifier.lineage = tuple(description.lineage)
         classifier._load_exactly(state, folder)
+        classifier.doubt = Doubt.read(manifest, backbone.width)
         return classifier
 
     def _mind_import(self, folder: Path, needs_head: bool) -> None:

@@ -38,6 +38,7 @@ from regraft.run import PLACE, Run, refuse_existing
 from regraft.storage import Store, make_folder, sealed_content, write_file
 from regraft.training.auto import tune
 from regraft.training.contract import contract, place
+from regraft.training.doubting import with_doubt
 from regraft.training.feeds import Material
 from regraft.training.keeping import FIRST_COST, Keeper, Trained
 from regraft.training.loop import fit
@@ -260,6 +261,7 @@ class Session:
             training = tune(
                 classifier, material, recipe, engine, plan=plan, random=random, bookmark=bookmark
             )
+        training = with_doubt(training, classifier, material, recipe, engine)
         try:
             return keeper.drive(training, self.on_progress)
         except (MemoryError, RuntimeError) as error:

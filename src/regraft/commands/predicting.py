@@ -1,0 +1,135 @@
+"""Commands that tell of images what a model sees in them."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from regraft.commands.arguments import parse_range
+from regraft.errors import DataError, UsageError, count, spelled
+from regraft.terminal import print_json, progress, tell
+
+if TYPE_CHECKING:
+    from regraft.evaluation.predictions import Predictions
+
+JSON_LINES = (".jsonl", ".ndjson")
+Images = Annotated[list[Path], Parameter(allow_leading_hyphen=True)]
+
+
+def predict(
+    run: Path,
+    images: Images = [],  # noqa: B006  never changed
+    /,
+    *,
+    csv: Path | None = None,
+    image_column: str = "image",
+    out: Path | None = None,
+    top: int | None = None,
+    error_rate: float = 0.05,
+    embeddings: Path | None = None,
+    intensity_range: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    arch: str | None = None,
+    device: str = "auto",
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    jsonl: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Classify images. Broken files become rows with a reason, and exit code 3 at the end.
+
+    Parameters
+    ----------
+    run
+        Folder of the Run.
+    images
+        Image files or folders; `-` reads paths from stdin, one a line.
+    csv
+        A CSV or JSON Lines that names images; paths are relative to its folder.
+    image_column
+        Its column of image paths.
+    out
+        A file to write: CSV, or JSON Lines where it ends in .jsonl; otherwise CSV goes to stdout.
+    top
+        Only so many classes of each image, the likeliest first.
+    error_rate
+        Of images that are not `unsure`, at most so many are to be wrong: 0.01, 0.02, 0.05, 0.1 or
+        0.2, as validation images allow.
+    embeddings
+        Features too, to this .npy or .parquet, a row for each image that could be read.
+    intensity_range
+        The values that are black and white, as 0,4095, where they are not those of the training.
+    arch
+        Only to name your own network again (file.py:factory).
+    device
+        auto, cpu, cuda, cuda:0 or mps.
+    json_
+        Print one JSON document instead of CSV.
+    jsonl
+        JSON Lines instead of CSV.
+    """
+    from regraft import api
+    from regraft.engine import Engine
+    from regraft.evaluation.embeddings import refuse_unknown_form, write_embeddings
+    from regraft.run import refuse_existing, refuse_inside
+
+    if top is not None and top < 1:
+        raise UsageError(f"`--top {top}` is no number of classes", hint="write `--top 3`")
+    for file in (out, embeddings):
+        if file is not None:
+            refuse_existing(file)
+            for image in images:
+                refuse_inside(file, image)
+    if embeddings is not None:
+        refuse_unknown_form(embeddings)
+    with progress() as told:
+        table, broken = api.predict(
+            run,
+            images,
+            csv=csv,
+            image_column=image_column,
+            lines=_lines(),
+            error_rate=error_rate,
+            intensity_range=parse_range(intensity_range),
+            arch=arch,
+            engine=Engine(device),
+            on_progress=told,
+        )
+    if embeddings is not None:
+        write_embeddings(embeddings, table)
+    lines = jsonl or (out is not None and out.suffix in JSON_LINES)
+    _write(table, broken, out, top, "json" if json_ else "jsonl" if lines else "csv")
+    if broken:
+        tell(f"{count(len(broken), 'file')} could not be read; see the column `error`")
+        sys.exit(DataError.exit_code)
+
+
+def _lines() -> Iterator[str]:
+    """Yields the lines of stdin; names that are no valid Unicode keep their bytes."""
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", "surrogateescape")
+
+
+def _write(
+    table: "Predictions | None",
+    broken: list[tuple[str, str]],
+    out: Path | None,
+    top: int | None,
+    form: str,
+) -> None:
+    from regraft.evaluation.rows import to_csv, to_records
+    from regraft.storage import to_json_lines, write_listed
+
+    if form == "json":
+        print_json({"predictions": to_records(table, broken, top)})
+    if form == "json" and out is None:
+        return
+    is_lines = form == "jsonl" or (out is not None and out.suffix in JSON_LINES)
+    text = to_csv(table, broken, top)
+    if is_lines:
+        text = to_json_lines(to_records(table, broken, top))
+    if out is None:
+        # Names are exact in a file; on a terminal they must not move the cursor.
+        sys.stdout.write(text if is_lines else spelled(text.replace("\r\n", "\n")))
+        return
+    write_listed(out, text.encode("utf-8", "surrogateescape"))
+    tell(f"{count(len(table.paths) if table else 0, 'prediction')} in {out}")
