@@ -86,7 +86,8 @@ def print_evaluation(document: dict[str, Any]) -> None:
     if (answered := document["answered"]) is not None:
         print(
             f"not unsure: {answered['n']} images ({answered['share']:.0%}), of which "
-            f"{answered['errors']} are wrong; at most {answered['promised_error_rate']:.0%} are to be"
+            f"{answered['errors']} are wrong; promised: at most "
+            f"{answered['promised_error_rate']:.0%}"
         )
     print(f"\n{'class':<24} {'n':>6}  precision  recall  f1")
     for row in document["per_class"]:
