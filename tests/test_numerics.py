@@ -177,7 +177,7 @@ def test_the_same_command_twice_gives_the_same_bytes(
         api.evaluate(out, data)
         files = [*(out / "final").iterdir(), out / "metrics.jsonl", out / "predictions.csv"]
         found.append({path.name: path.read_bytes() for path in files})
-    assert found[0] == found[1] and len(found[0]) == 5
+    assert found[0] == found[1] and len(found[0]) == 7
 
 
 @pytest.mark.fault("G9")
