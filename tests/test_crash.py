@@ -443,6 +443,7 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path, mask: int, mode
 def test_an_image_or_a_class_without_permission_is_named_and_never_left_out(
     make_folder: MakeFolder, tmp_path: Path, closed: str
 ) -> None:
+    Dataset.open(make_folder({"a": 8, "b": 8}, name="open"))  # imports what nobody may not read
     root = make_folder({"a": 8, "b": 8})
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
