@@ -304,6 +304,7 @@ def test_what_is_left_out_or_unfinished_is_told(
     assert [text for text in texts if "not known when it is unsure" not in text] == [
         f"note: `{run}` is no finished training: interrupted",
         "1 file left out, no images by name: `a/scan.jp2`",
+        "note: of this model it is not known when it is unsure: too few images were held out",
     ]
 
 

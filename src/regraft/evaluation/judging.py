@@ -79,7 +79,9 @@ def refuse_unmeasured(classifier: Classifier, error_rate: float, on_progress: On
     """
     band = None if classifier.doubt is None else classifier.doubt.band(error_rate)
     if band is None:
-        why = "too few images were held out, or it was made without a training that measures it"
+        why = (
+            "nobody has measured it" if classifier.doubt is None else "too few images were held out"
+        )
         on_progress(Note(f"note: of this model it is not known when it is unsure: {why}"))
     elif band.threshold is None:
         on_progress(
