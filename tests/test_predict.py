@@ -13,14 +13,19 @@ import pytest
 from PIL import Image
 
 from regraft import api, cli
+from regraft.data.cache import Cache
+from regraft.data.dataset import Dataset
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, DataError, EnvironmentFault, UsageError
 from regraft.evaluation.doubting import CONFIDENCE, UNFAMILIAR_RATE, bands, doubt_of, usual_distance
 from regraft.evaluation.embeddings import refuse_unknown_form
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.rows import to_csv, to_records
+from regraft.evaluation.testing import own_rows, predict_dataset
+from regraft.evaluation.testing import test_images as images_of_test
 from regraft.models.classifier import Classifier
 from regraft.models.doubt import Doubt, distances, unit
+from regraft.run import Run
 from regraft.storage import write_manifest
 from regraft.training.recipe import Recipe
 
@@ -62,24 +67,20 @@ def run(place: Path, make_shapes: MakeShapes) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_predict_equals_evaluate_bit_for_bit(run: Path, place: Path, precision: str) -> None:
     """Whatever stands beside an image, and however many do."""
-    engine = Engine("cpu", precision)
-    api.evaluate(run, place / "data", engine=engine)
-    lines = (run / "predictions.csv").read_text().splitlines()
-    judged = {line.split(",")[0]: line.split(",")[2:] for line in lines[1:]}
-    paths = sorted(judged)
-    assert len(paths) == 300
-    whole, _ = api.predict(run, [place / "data" / "test"], engine=engine)
-    assert whole is not None
-    found = dict(zip(whole.paths, whole.probabilities, strict=True))
-    for chosen in (paths[:1], paths[7:10], paths[100:165]):
-        few, _ = api.predict(run, [place / "data" / path for path in chosen], engine=engine)
-        assert few is not None
-        for path, probabilities in zip(few.paths, few.probabilities, strict=True):
-            assert np.array_equal(probabilities, found[path])
-    written = list(csv.reader(io.StringIO(to_csv(whole))))
-    for row in written[1:]:
-        name = Path(row[0]).relative_to(place / "data").as_posix()
-        assert row[1:] == judged[name]
+    engine, data = Engine("cpu", precision), place / "data"
+    classifier = Classifier.load(run)
+    engine.place(classifier)
+    dataset = images_of_test(Run.open(run), Dataset.open(data, whole=True), "test")
+    cache, dataset = Cache.build(dataset, classifier.inputs.size, 3)
+    judged = predict_dataset(classifier, dataset, cache, own_rows(dataset), engine)
+    expected = dict(zip(judged.paths, judged.probabilities, strict=True))
+    assert len(expected) == 300
+    paths = sorted(expected)
+    for chosen in (paths, paths[:1], paths[7:10], paths[100:165]):
+        table, _ = api.predict(run, [data / path for path in chosen], engine=engine)
+        assert table is not None
+        for path, probabilities in zip(chosen, table.probabilities, strict=True):
+            assert np.array_equal(probabilities, expected[path])
 
 
 def test_a_model_knows_when_it_is_unsure_and_keeps_it_in_its_folder(
@@ -228,7 +229,7 @@ def test_embeddings_are_the_features_of_the_rows(run: Path, place: Path, tmp_pat
     classifier = Classifier.load(run)
     logits = features @ classifier.head.weight.detach().numpy().T
     logits += classifier.head.bias.detach().numpy()
-    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "p.csv").read_text())))
     assert [("a", "b")[place] for place in logits.argmax(axis=1)] == [r["predicted"] for r in rows]
     assert regraft("predict", run, images, "--embeddings", file) == 2
     assert regraft("predict", run, images, "--embeddings", tmp_path / "f.txt") == 2
@@ -248,20 +249,12 @@ def test_the_likeliest_classes_come_first_and_doubts_are_columns() -> None:
     )
     rows = list(csv.reader(io.StringIO(to_csv(table, [("z.png", "truncated")], top=2))))
     assert rows == [
-        [
-            "path",
-            "predicted",
-            "probability",
-            "predicted_2",
-            "probability_2",
-            "unsure",
-            "unfamiliar",
-            "error",
-        ],
+        ["path", "predicted", "probability", "predicted_2", "probability_2", "unsure",
+         "unfamiliar", "error"],
         ["x.png", "'-b", "0.500000", "c", "0.300000", "yes", "no", ""],
         ["'=y.png", "a", "0.600000", "'-b", "0.400000", "no", "yes", ""],
         ["z.png", "", "", "", "", "", "", "truncated"],
-    ]
+    ]  # fmt: skip
     record = to_records(table, (), top=2)[0]
     assert record["top"] == [
         {"class": "-b", "probability": 0.5}, {"class": "c", "probability": 0.3},
