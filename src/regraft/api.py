@@ -25,6 +25,7 @@ from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError
 from regraft.evaluation.compare import LEAST_SEEDS
 from regraft.evaluation.evidence import LEAST_EVIDENCE, cached_evidence, evidence_in
+from regraft.evaluation.explaining import write_explanations
 from regraft.evaluation.judging import refuse_unmeasured
 from regraft.evaluation.predicting import predict_files
 from regraft.evaluation.predictions import Predictions
@@ -302,7 +303,9 @@ def evaluate(
     refuse_other_scales(classifier.inputs, dataset, cache)
     engine.place(classifier)
     predictions = predict_dataset(classifier, dataset, cache, own_rows(dataset), engine)
-    return record_evaluation(opened, predictions, dataset, cache, split, write=engine.is_main)
+    return record_evaluation(
+        opened, predictions, dataset, cache, split, classifier=classifier, write=engine.is_main
+    )
 
 
 def predict(
@@ -337,6 +340,36 @@ def predict(
     classifier.backbone.inputs = classifier.inputs.with_given_range(intensity_range)
     engine.place(classifier)
     return predict_files(classifier, files, engine, on_progress, error_rate)
+
+
+def explain(
+    run: Place,
+    images: Sequence[Place],
+    *,
+    out: Place,
+    label: str | None = None,
+    stage: int | None = None,
+    arch: str | None = None,
+    on_progress: OnProgress = quiet,
+) -> tuple[int, list[tuple[str, str]]]:
+    """Writes pictures that show where in images the evidence for a class was seen (Grad-CAM).
+
+    Args:
+        images: Files and folders.
+        out: New folder: a picture of each image, and `explained.csv`, which says what they show.
+        label: The class; None: the one predicted for each image.
+        stage: Whose maps, counted from the stem; None: the last that is not too coarse.
+
+    Returns:
+        How many were written, and the broken files with their reasons.
+    """
+    paths, folder = [Path(image) for image in images], Path(out)
+    refuse_existing(folder)
+    for path in paths:
+        refuse_inside(folder, path)
+    files = requested(paths, None, "image", (), on_progress)
+    classifier = Classifier.load(run, arch=arch)
+    return write_explanations(classifier, files, folder, label, stage, on_progress)
 
 
 def serve(

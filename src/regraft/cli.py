@@ -44,6 +44,7 @@ for command in (
     training.recipe,
     models.evaluate,
     predicting.predict,
+    predicting.explain,
     delivering.export,
     models.report,
     serving.serve,
@@ -52,7 +53,10 @@ for command in (
     app.command(command)
 app.command(foreign.import_, name="import")
 # Commands of one process.
-ALONE = ("check", "demo", "export", "import", "predict", "recipe", "report", "serve", "verify")
+ALONE = (
+    "check", "demo", "explain", "export", "import", "predict", "recipe", "report", "serve",
+    "verify",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -103,6 +103,45 @@ def predict(
         sys.exit(DataError.exit_code)
 
 
+def explain(
+    run: Path,
+    images: list[Path],
+    /,
+    *,
+    out: Path,
+    label: Annotated[str | None, Parameter(name="--class")] = None,
+    stage: int | None = None,
+    arch: str | None = None,
+) -> None:
+    """Show where in images the evidence for a class was seen (Grad-CAM), as pictures.
+
+    Parameters
+    ----------
+    run
+        Folder of the Run.
+    images
+        Image files or folders.
+    out
+        New folder for a picture of each image, and explained.csv, which says what they show.
+    label
+        The class; left out: the one predicted for each image.
+    stage
+        Whose maps, counted from 0 at the stem; left out: the last that is not too coarse.
+    arch
+        Only to name your own network again (file.py:factory).
+    """
+    from regraft import api
+
+    with progress() as told:
+        number, broken = api.explain(
+            run, images, out=out, label=label, stage=stage, arch=arch, on_progress=told
+        )
+    print(f"{count(number, 'picture')} in {out}; explained.csv says what they show")
+    if broken:
+        tell(f"{count(len(broken), 'file')} could not be read; see the column `error`")
+        sys.exit(DataError.exit_code)
+
+
 def _lines() -> Iterator[str]:
     """Yields the lines of stdin; names that are no valid Unicode keep their bytes."""
     for line in sys.stdin.buffer:

@@ -19,6 +19,7 @@ from regraft.data.arrays import IDX_ENTRY, npy_header, npy_pixels, read_idx
 from regraft.data.deep import deep_header, deep_pixels, quiet_tifffile
 from regraft.data.dicom import dicom_header, dicom_pixels, is_dicom
 from regraft.data.pictures import (
+    as_shown,
     encode_png,
     exif_orientation,
     picture_header,
@@ -31,8 +32,8 @@ from regraft.inputs import InputSpec
 
 __all__ = [
     "CHUNK", "FORMATS", "IDX_ENTRY", "SUFFIXES", "Header", "Pixels", "UnreadableImage",
-    "encode_png", "has_frames", "map_in_threads", "quiet_codecs", "read_content", "read_header",
-    "read_idx", "read_input", "read_pixels", "read_whole", "sniffed",
+    "as_shown", "encode_png", "has_frames", "map_in_threads", "quiet_codecs", "read_content",
+    "read_header", "read_idx", "read_input", "read_pixels", "read_whole", "sniffed",
 ]  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "DICOM")

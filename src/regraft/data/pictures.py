@@ -120,6 +120,17 @@ def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return stacked if pixels.dtype == np.float32 else np.rint(stacked).astype(pixels.dtype)
 
 
+def as_shown(pixels: Pixels, intensity_range: tuple[float, float] | None = None) -> Pixels:
+    """Returns what `encode_png` shows: uint8, (height, width, 1 or 3)."""
+    shown = pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, :1]
+    if pixels.dtype == np.uint8:
+        return shown
+    low, high = intensity_range or (float(shown.min()), float(shown.max()))
+    share = (shown.astype(np.float64) - low) / max(high - low, 1e-12)
+    scaled: Pixels = np.rint(share.clip(0, 1) * 255).astype(np.uint8)
+    return scaled
+
+
 def encode_png(pixels: Pixels, intensity_range: tuple[float, float] | None = None) -> bytes:
     """Returns an 8-bit PNG of an (height, width, channels) array, without any metadata.
 
@@ -128,11 +139,8 @@ def encode_png(pixels: Pixels, intensity_range: tuple[float, float] | None = Non
         intensity_range: The values shown as black and white; None: of 8 bits 0 and 255, of other
             types the smallest and the largest.
     """
-    shown = pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, 0]
-    if pixels.dtype != np.uint8:
-        low, high = intensity_range or (float(shown.min()), float(shown.max()))
-        share = (shown.astype(np.float64) - low) / max(high - low, 1e-12)
-        shown = np.rint(share.clip(0, 1) * 255).astype(np.uint8)
+    shown = as_shown(pixels, intensity_range)
+    shown = shown[:, :, 0] if shown.shape[2] == 1 else shown
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(shown)).save(stream, "PNG")
     return stream.getvalue()

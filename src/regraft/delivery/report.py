@@ -276,11 +276,16 @@ def _mistakes(run: Run, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     shown = []
     for number, mistake in enumerate(evaluation["mistakes"][:MOST_THUMBNAILS]):
         path = run.folder / "mistakes" / f"{number:03d}.png"
-        content = path.read_bytes() if path.is_file() else b""
-        encoded = base64.b64encode(content).decode("ascii")
-        image = f"data:image/png;base64,{encoded}" if content.startswith(PNG) else None
-        shown.append({**mistake, "image": image})
+        evidence = path.with_name(f"{path.stem}-evidence.png")
+        shown.append({**mistake, "image": _embedded(path), "evidence": _embedded(evidence)})
     return shown
+
+
+def _embedded(path: Path) -> str | None:
+    """Returns a PNG as a page holds it; None where there is none."""
+    content = path.read_bytes() if path.is_file() else b""
+    encoded = base64.b64encode(content).decode("ascii")
+    return f"data:image/png;base64,{encoded}" if content.startswith(PNG) else None
 
 
 def _curves(runs: Sequence[Run]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,14 @@ def to_csv(predictions: Predictions | None, broken: Broken = (), top: int | None
             writer.writerow([_safe(path), *_cells(predictions, row, top), ""])
     for path, reason in broken:
         writer.writerow([_safe(path), *[""] * (len(head) - 2), _safe(reason)])
+    return stream.getvalue()
+
+
+def rows_to_csv(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns rows of names and numbers as such a CSV."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\r\n")
+    writer.writerows([_safe(cell) for cell in row] for row in (head, *rows))
     return stream.getvalue()
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from regraft.data.decode import (
 )
 from regraft.engine import Engine
 from regraft.errors import DataError, UsageError, count, shorten
+from regraft.evaluation.explain import heat_of, overlay
 from regraft.evaluation.judging import WithFeatures, divided, judged, kept_rate
 from regraft.evaluation.metrics import evaluate_predictions
 from regraft.evaluation.predictions import Predictions, eval_batch, infer, softmax
@@ -145,9 +147,13 @@ def record_evaluation(
     cache: Cache,
     split: str,
     *,
+    classifier: Classifier,
     write: bool,
 ) -> dict[str, Any]:
-    """Returns the evaluation; writes it, predictions.csv and the worst mistakes into the Run."""
+    """Returns the evaluation; writes it, predictions.csv and the worst mistakes into the Run.
+
+    Beside each mistake lies where the evidence for what was predicted was seen.
+    """
     row_of = {sample.path: row for row, sample in enumerate(dataset.samples)}
     worst = predictions.worst(NUM_MISTAKES)
     document = {
@@ -164,18 +170,27 @@ def record_evaluation(
     if not write:
         return document
     remove_leftovers(run.folder)  # of an evaluation that was killed
-    low, high = run.record["inputs"]["intensity_range"]
+    rows = np.array([row_of[predictions.paths[position]] for position in worst], dtype=np.int64)
     with committed_folder(run.folder / "mistakes", "mistakes", replaces=True) as folder:
-        for number, position in enumerate(worst):
-            pixels = cache.images[row_of[predictions.paths[position]]]
-            step = max(1, max(pixels.shape[:2]) // THUMBNAIL_PX)
-            small = encode_png(pixels[::step, ::step], (low, high))
-            write_bytes(folder / f"{number:03d}.png", small)
+        _write_mistakes(folder, classifier, cache.images[rows], predictions.predicted[worst])
     run.write_files({
         "predictions.csv": to_csv(predictions).encode("utf-8", "surrogateescape"),
         "evaluation.json": json_content(document),
     })  # fmt: skip
     return document
+
+
+def _write_mistakes(
+    folder: Path, classifier: Classifier, images: NDArray[Any], predicted: NDArray[np.int64]
+) -> None:
+    """Writes a small picture of each image, and one with the evidence over it."""
+    scale = classifier.inputs.intensity_range
+    step = max(1, max(images.shape[1:3]) // THUMBNAIL_PX)
+    for number, heat in enumerate(heat_of(classifier, images, predicted)):
+        small, evidence = images[number][::step, ::step], heat[::step, ::step]
+        write_bytes(folder / f"{number:03d}.png", encode_png(small, scale))
+        shown = encode_png(overlay(small, evidence, scale))
+        write_bytes(folder / f"{number:03d}-evidence.png", shown)
 
 
 def _mistake(predictions: Predictions, position: int) -> dict[str, Any]:

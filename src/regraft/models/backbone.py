@@ -118,6 +118,37 @@ class Backbone(nn.Module):
                 hook.remove()
         return [*found, top]
 
+    def stage_maps(self, images_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Returns the maps of each stage that gives some, BCHW, and features_BD made of them."""
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _given: object, output: object) -> object:
+            if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+                return output
+            found.append(output)
+            return output.clone()  # what follows may write into it
+
+        hooks = [self.body.get_submodule(end).register_forward_hook(keep) for end in self._ends]
+        try:
+            features_BD = self(images_BCHW)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found, features_BD
+
+    def as_maps(self, output: Tensor) -> Tensor:
+        """Returns the output of a stage as BCHW: tokens go where their patches lie."""
+        if output.ndim == 4:
+            is_last = getattr(self.body, "output_fmt", None) == "NHWC"
+            return output.permute(0, 3, 1, 2) if is_last else output
+        patches_BND = output[:, getattr(self.body, "num_prefix_tokens", 0) :]
+        height, width = self.inputs.size
+        rows = max(1, round((patches_BND.shape[1] * height / width) ** 0.5))
+        columns = patches_BND.shape[1] // rows
+        number, width = len(patches_BND), patches_BND.shape[2]
+        grid = patches_BND[:, : rows * columns].reshape(number, rows, columns, width)
+        return grid.permute(0, 3, 1, 2)
+
     def cut(self, num_frozen: int) -> Cut | None:
         """Returns the place above the lowest stages; None where the network cannot be cut there."""
         if num_frozen == len(self.stages):

@@ -125,7 +125,15 @@ class Arms:
         session = self.session
         rows, dataset, cache = session.dataset.rows("test"), session.dataset, session.cache
         found = predict_dataset(trained.classifier, dataset, cache, rows, session.engine)
-        record_evaluation(trained.run, found, dataset, cache, "test", write=session.engine.is_main)
+        record_evaluation(
+            trained.run,
+            found,
+            dataset,
+            cache,
+            "test",
+            classifier=trained.classifier,
+            write=session.engine.is_main,
+        )
         return found
 
 
