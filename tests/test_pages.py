@@ -160,6 +160,24 @@ def test_two_images_and_a_text_file_give_two_results_and_one_clear_error(
     assert "1 no result" in page.locator("#summary").inner_text()
 
 
+def test_a_picture_shows_where_the_model_looked_when_asked(
+    url: str, look: Callable[..., Any], files: list[Path]
+) -> None:
+    page = look(url)
+    page.get_by_text("3 classes: bacteria, normal").wait_for()
+    page.set_input_files("input[type=file]", files[:1])
+    button = page.get_by_role("button", name="Show where it looked")
+    button.click()
+    overlay = page.locator(".picture.explained .overlay")
+    overlay.wait_for()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert overlay.get_attribute("alt") == "where the model looked in chest.png"
+    assert overlay.evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    assert serious_faults(page) == []
+
+
 def _base64(file: Path) -> str:
     import base64
 

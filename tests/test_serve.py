@@ -199,6 +199,18 @@ def test_sizes_that_round_differently_are_not_used(monkeypatch: pytest.MonkeyPat
     assert not {1, 16, 32} & set(sizes)
 
 
+def test_where_the_evidence_was_seen_comes_as_a_picture(served: Running) -> None:
+    reply = served.ask("POST", "/explain", picture(3))
+    assert (reply.status, reply.headers["content-type"]) == (200, "image/png")
+    with Image.open(io.BytesIO(reply.body)) as shown:
+        assert (shown.size, shown.mode) == ((32, 32), "RGB")
+    assert served.ask("POST", "/explain", b"text").status == 422
+    before = served.ask("POST", "/predict", picture(3)).json()
+    served.ask("POST", "/explain", picture(3))
+    assert served.ask("POST", "/predict", picture(3)).json() == before
+    assert served.ask("GET", "/model").json()["explains"] is True
+
+
 @pytest.mark.fault("K20")
 def test_served_predicted_and_evaluated_probabilities_are_equal_to_the_bit(
     served: Running, model: Path, tmp_path: Path
@@ -799,7 +811,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_description_of_the_interface_names_each_route(served: Running) -> None:
     document = served.ask("GET", "/openapi.json").json()
-    assert set(document["paths"]) == {"/healthz", "/model", "/predict"}
+    assert set(document["paths"]) == {"/explain", "/healthz", "/model", "/predict"}
     assert set(document["paths"]["/predict"]["post"]["requestBody"]["content"]) == {
         "image/*",
         "application/octet-stream",

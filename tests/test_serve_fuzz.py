@@ -18,7 +18,7 @@ from test_serve import NAMES, Reply, model, picture, read_reply, request
 __all__ = ["model"]
 
 METHODS = ("GET", "POST", "PUT", "HEAD", "OPTIONS", "TRACE", "PATCH", "get", "P\x00ST", "")
-PATHS = ("/", "/predict", "/predict", "/predict", "/model", "/healthz", "/openapi.json", "/x", "*",
+PATHS = ("/", "/predict", "/predict", "/explain", "/model", "/healthz", "/openapi.json", "/x", "*",
          "//", "/predict?a=b", "/%", "/%ff", "http://localhost/predict", "")  # fmt: skip
 KINDS = ("image/png", "image/jpeg", "application/octet-stream", "text/plain", "", "image/", "\xff",
          "multipart/form-data; boundary=x")  # fmt: skip

@@ -44,6 +44,10 @@ class Batches:
         self._changed.set()
         return await future
 
+    async def alone(self, function: Callable[[Any], Any], item: Any) -> Any:
+        """Returns what a function makes of one item, in the same thread, between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, item)
+
     def close(self) -> None:
         if self._task is not None:
             self._task.cancel()

@@ -130,6 +130,7 @@ function showAnswer(told, file, answer, picture) {
   line.append(made("bdi", "", readable(answer.predicted)), made("span", "", percent(ranked[0][1])));
   const parts = [line];
   if (answer.unsure) parts.push(made("p", "flag", "unsure: look at it yourself"));
+  if (answer.unfamiliar) parts.push(made("p", "flag", "unlike all images it has learned from"));
   const list = made("ul", "classes");
   for (const [name, share] of ranked.slice(0, MOST_CLASSES)) {
     const row = made("li");

@@ -20,7 +20,7 @@ from typing import Any
 import h11
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -42,6 +42,7 @@ IMAGE_BODY = {
         },
     }
 }
+WITH_IMAGES = frozenset({"/predict", "/explain"})
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The token is missing or wrong."},
     413: {"description": "Too many bytes."},
@@ -115,6 +116,21 @@ def application(service: Service, sandboxes: Sandboxes, batches: Batches) -> Gat
         record = await batches.ask(pixels)
         return JSONResponse({key: value for key, value in record.items() if key != "path"})
 
+    @app.post(
+        "/explain",
+        summary="Show where the evidence was seen (Grad-CAM), as a PNG",
+        openapi_extra=IMAGE_BODY,
+        response_class=Response,
+        responses={200: {"content": {"image/png": {}}, "description": "The image, and over it."}},
+    )
+    async def explain(request: Request) -> Response:
+        content = await request.body()
+        pixels = await asyncio.get_running_loop().run_in_executor(
+            decoders, sandboxes.decode, content
+        )
+        picture = await batches.alone(service.answers.explained, pixels)
+        return Response(picture, media_type="image/png")
+
     @app.exception_handler(UnreadableImage)
     async def unreadable(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, UnreadableImage)
@@ -130,7 +146,9 @@ def application(service: Service, sandboxes: Sandboxes, batches: Batches) -> Gat
     async def mistaken(_request: Request, _error: Exception) -> JSONResponse:
         return _problem(500, "mistake", "a mistake in the server")
 
-    return Gate(app, frozenset({"/predict"}), service.access, service.limits, service.tell)
+    return Gate(
+        app, frozenset({"/predict", "/explain"}), service.access, service.limits, service.tell
+    )
 
 
 def _problem(status: int, error: str, detail: str, headers: Any = None) -> JSONResponse:

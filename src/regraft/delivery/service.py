@@ -54,6 +54,7 @@ class Service:
             "weights_sha256": sha256_of_file(folder / WEIGHTS),
             "device": engine.device.type,
             "precision": engine.precision,
+            "explains": True,
         }
         return cls(Answers(classifier, engine), description, access, tell)
 

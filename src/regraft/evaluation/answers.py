@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from regraft.data.batches import normalised
-from regraft.data.decode import Pixels
+from regraft.data.decode import Pixels, encode_png
 from regraft.engine import Engine, evaluating
+from regraft.evaluation.explain import evidence, overlay
 from regraft.evaluation.judging import WithFeatures, divided, judged
 from regraft.evaluation.predictions import Predictions, eval_batch, outputs_of, softmax
 from regraft.evaluation.rows import to_records
@@ -45,6 +46,14 @@ class Answers:
         names = tuple(map(str, range(len(images))))
         table = Predictions(names, self.classifier.class_names, softmax(logits_NK))
         return to_records(judged(table, self.classifier, features_ND), ())
+
+    def explained(self, image: Pixels) -> bytes:
+        """Returns a PNG that shows where the evidence for the answer was seen."""
+        images_BCHW = self._normalised(image)
+        logits_NK, _ = divided(self._outputs(images_BCHW, self.sizes[0]), self.classifier)
+        best = int(logits_NK[0].argmax())
+        heat_BHW, _, _ = evidence(self.classifier, images_BCHW, best)
+        return encode_png(overlay(image, heat_BHW[0], self.classifier.inputs.intensity_range))
 
     def _normalised(self, image: Pixels) -> Tensor:
         return normalised(image[None], self.classifier.inputs, self.engine.device)
