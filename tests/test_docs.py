@@ -21,7 +21,10 @@ from keras_layouts import Net, write_keras, write_named
 from regraft import cli
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["how-to/from-torch", "how-to/own-network", "how-to/medical-images"]
+PAGES = [
+    "how-to/from-torch", "how-to/own-network", "how-to/medical-images", "how-to/predict",
+    "how-to/export",
+]  # fmt: skip
 SLOW = ["tutorial", "how-to/from-keras", "how-to/read-a-verdict"]
 # In place of what the page says.
 SMALL = {"--image-size": "32", "--epochs": "1", "--device": "cpu"}
