@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,10 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)  # two test processes share two cores
+    # Whoever started the tests in the background has INT and HUP ignored, and the product respects
+    # that: tests of signals need them as a terminal leaves them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
