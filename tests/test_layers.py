@@ -26,19 +26,7 @@ ROWS = [
 ]
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 COMMANDS = {
-    f"commands/{name}.py"
-    for name in (
-        "arguments",
-        "check",
-        "delivering",
-        "foreign",
-        "models",
-        "predicting",
-        "resuming",
-        "serving",
-        "training",
-        "verify",
-    )
+    f"commands/{name}.py" for name in ("arguments", "check", "training", "models", "delivery")
 }
 DOORS = {
     "timm": {"models/backbone.py"},

@@ -12,17 +12,7 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from regraft.commands import (
-    check,
-    delivering,
-    foreign,
-    models,
-    predicting,
-    resuming,
-    serving,
-    training,
-    verify,
-)
+from regraft.commands import check, delivery, models, training
 from regraft.errors import EnvironmentFault, RegraftError, UsageError
 from regraft.faults import VARIABLE, is_armed
 from regraft.signals import raised
@@ -40,18 +30,18 @@ for command in (
     training.pretrain,
     training.finetune,
     training.compare,
-    resuming.resume,
+    training.resume,
     training.recipe,
     models.evaluate,
-    predicting.predict,
-    predicting.explain,
-    delivering.export,
+    models.predict,
+    models.explain,
+    delivery.export,
     models.report,
-    serving.serve,
-    verify.verify,
+    delivery.serve,
+    models.verify,
 ):
     app.command(command)
-app.command(foreign.import_, name="import")
+app.command(delivery.import_, name="import")
 # Commands of one process.
 ALONE = (
     "check", "demo", "explain", "export", "import", "predict", "recipe", "report", "serve",

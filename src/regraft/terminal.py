@@ -1,6 +1,6 @@
 """What a person sees: results on stdout, progress and errors on stderr.
 
-Beside `cli.py` the only file that prints, and the only one that knows rich.
+Beside the commands the only file that prints, and the only one that knows rich.
 """
 
 import json

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 DATA = Group("Data", sort_key=1)
 TRAINING = Group("Training", sort_key=2)
 INTENSITY = Parameter(group=DATA, allow_leading_hyphen=True)  # a range may begin below zero
+Flag = Annotated[bool, Parameter(negative="")]
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+Many = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
+"""May be repeated."""
 DEFAULT_STRATEGY = "auto"  # as of Recipe.transfer; measured against fixed rules: docs/quality.md
 
 
@@ -167,16 +171,23 @@ def parse_range(text: str | None) -> tuple[float, float] | None:
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
-    """Reads `0.1,0.25,1`.
+    """Reads `0.1,0.25,1`."""
+    return parse_numbers("fractions", text, "shares", "0.1,0.5,1")
+
+
+def parse_numbers(
+    option: str, text: str, what: str = "numbers", example: str = "0.5,0.5,0.5"
+) -> tuple[float, ...]:
+    """Reads numbers with commas between.
 
     Raises:
-        UsageError: It is no list of numbers.
+        UsageError: Something is none.
     """
     try:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise UsageError(
-            f"`--fractions {text}` is no list of shares", hint="write `--fractions 0.1,0.5,1`"
+            f"`--{option} {text}` is no list of {what}", hint=f"write `--{option} {example}`"
         ) from error
 
 

@@ -2,11 +2,8 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from regraft.commands.arguments import DataArguments
+from regraft.commands.arguments import DataArguments, Json
 from regraft.errors import DataError
 from regraft.terminal import print_findings, print_json, progress
 
@@ -17,7 +14,7 @@ def check(
     *,
     start: Path | None = None,
     out: Path | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
     reading: DataArguments = DataArguments(),
 ) -> None:
     """Find what would spoil a training: broken files, copies, leaks, wrong labels, shortcuts.

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from regraft.commands.arguments import (
     DataArguments,
+    Flag,
+    Json,
+    Many,
     TrainingArguments,
     parse_shares,
     required_start,
 )
-from regraft.errors import UsageError
+from regraft.errors import ArtefactError, UsageError
 from regraft.terminal import print_comparison, print_json, progress
 
 
@@ -60,7 +61,7 @@ def finetune(
     start: Path | None = None,
     strategy: str | None = None,
     arch: str | None = None,
-    adapt: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
+    adapt: Many = (),
     plan: Path | None = None,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
@@ -116,8 +117,8 @@ def compare(
     fractions: str = "",
     strategy: str | None = None,
     arch: str | None = None,
-    adapt: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    adapt: Many = (),
+    json_: Json = False,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
 ) -> None:
@@ -168,6 +169,60 @@ def compare(
         return
     print_comparison(comparison)
     print(f"\nreport: {out / 'report.html'}")
+
+
+def resume(
+    run: Path,
+    data: Path | None = None,
+    /,
+    *,
+    start: Path | None = None,
+    arch: str | None = None,
+    allow_inexact: Flag = False,
+    device: str | None = None,
+) -> None:
+    """Go on with a training that was stopped or killed; on a processor to the very same bits.
+
+    Parameters
+    ----------
+    run
+        Folder of a Run, of a comparison, or of the demo.
+    data
+        Where its images lie now, if they have been moved.
+    start
+        Where the start of a comparison lies now, if it has been moved.
+    arch
+        Only to name your own network again (file.py:factory).
+    allow_inexact
+        Go on although versions, threads or the processor are others; the report tells.
+    device
+        Another device than at the beginning: auto, cpu, cuda, cuda:0 or mps.
+    """
+    from regraft import api, demo
+    from regraft.engine import Engine
+    from regraft.run import Run
+
+    if not run.is_dir():
+        raise ArtefactError(f"`{run}` does not exist", hint="name the folder of a training")
+    engine = None if device is None else Engine(device)
+    with progress() as told:
+        if demo.is_story(run):
+            print_comparison(demo.resume_story(run, told))
+            print(f"\nreport: {run / 'comparison' / 'report.html'}")
+            return
+        api.resume(
+            run,
+            data,
+            start=start,
+            arch=arch,
+            allow_inexact=allow_inexact,
+            engine=engine,
+            on_progress=told,
+        )
+    if (run / "run.json").is_file():
+        finished(run, Run.open(run).status, data or Path("DATA"))
+    else:
+        print(f"report: {run / 'report.html'}")
 
 
 def recipe(goal: str, /) -> None:
