@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import regraft as regraft_package
 from regraft import api, cli
 from regraft.commands.arguments import parse_seconds, parse_shares
 from regraft.errors import UsageError
@@ -54,6 +55,13 @@ def test_help_answers_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     for command in ("demo", "pretrain", "finetune", "compare", "evaluate", "predict", "report"):
         assert command in done.stdout
+
+
+def test_what_a_command_does_has_a_public_name() -> None:
+    commands = {name for name in cli.app if not name.startswith("-")}
+    verbs = {{"import": "import_weights"}.get(name, name) for name in commands - {"demo", "recipe"}}
+    assert verbs <= set(regraft_package.__all__)
+    assert all(callable(getattr(regraft_package, name)) for name in regraft_package.__all__)
 
 
 def test_a_recipe_is_printed_as_toml(capsys: pytest.CaptureFixture[str]) -> None:
