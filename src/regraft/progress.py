@@ -33,7 +33,9 @@ def counting(on_progress: OnProgress, what: str) -> Callable[[int, int], None]:
 
 
 def duration(seconds: float) -> str:
-    """Returns `40 s`, `12 min` or `3.5 h`."""
+    """Returns `0.36 s`, `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 1:
+        return f"{seconds:.2g} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from regraft.errors import RegraftError, count, readable, spelled
+from regraft.progress import duration
 
 SILENCE_S = 30  # without a terminal, long work says so often how far it is; assumed
 
@@ -67,8 +68,8 @@ def _saved_lines(comparison: dict[str, Any]) -> Iterator[str]:
     seconds = comparison["seconds"]
     if "transfer" in seconds and "scratch" in seconds:
         yield (
-            f"one training took {seconds['transfer']:.0f} s with transfer, "
-            f"{seconds['scratch']:.0f} s from scratch (twice the epochs, by rule)"
+            f"one training took {duration(seconds['transfer'])} with transfer, "
+            f"{duration(seconds['scratch'])} from scratch (twice the epochs, by rule)"
         )
 
 

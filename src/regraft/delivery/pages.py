@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from regraft.errors import readable
+from regraft.progress import duration
 
 
 def asset(name: str) -> str:
@@ -33,7 +34,8 @@ def rendered(template: str, styles: tuple[str, ...], **values: Any) -> str:
     Args:
         template: Extends `page.html.jinja`, or is it.
         styles: Style sheets, in order; they are inlined.
-        values: What the template shows; filters: number, signed, whole, shown, placeless, figure.
+        values: What the template shows; filters: number, signed, whole, duration,
+            shown, placeless, figure.
 
     Raises:
         KeyError: A value lacks what the template shows.
@@ -58,6 +60,7 @@ def rendered(template: str, styles: tuple[str, ...], **values: Any) -> str:
         "number": number,
         "signed": signed,
         "whole": whole,
+        "duration": duration,
         "shown": shown,
         "placeless": placeless,
         "figure": Markup,  # only for what delivery/figures.py draws
