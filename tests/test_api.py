@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import regraft
-from regraft import api, storage
+from regraft import api
+from regraft.changing import replace_files
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.errors import ArtefactError, DataError, RegraftError, UsageError
 from regraft.models.classifier import Classifier
@@ -355,7 +356,7 @@ def test_a_run_that_was_edited_is_refused(
     ):
         api.evaluate(run, source / "data")
     (run / name).write_bytes(whole)
-    storage.replace(run, {name: content.encode()})  # as one who knows the manifest would
+    replace_files(run, {name: content.encode()})  # as one who knows the manifest would
     with pytest.raises(ArtefactError, match=r"hint: (restore|use)") as refused:
         api.evaluate(run, source / "data")
     assert wording in str(refused.value)

@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from regraft import api, cli
-from regraft.documents import MOST_DEPTH, sha256_of
+from regraft.changing import replace_files, write_manifest
+from regraft.documents import MOST_DEPTH, read_json, sha256_of, to_json
 from regraft.errors import ArtefactError
+from regraft.manifests import verify_manifest
 from regraft.models.classifier import Classifier
 from regraft.run import Run
-from regraft.storage import Store, read_json, replace, to_json, verify_manifest, write_manifest
+from regraft.storage import Store
 from regraft.tensors import packed
 from regraft.training.recipe import Recipe
 
@@ -183,7 +185,7 @@ def test_a_record_that_was_edited_and_signed_again_does_not_fit_its_id(
     copied: Path, key: str
 ) -> None:
     document = {**read_json(copied / "run.json"), key: "other"}
-    replace(copied, {"run.json": to_json(document).encode()})
+    replace_files(copied, {"run.json": to_json(document).encode()})
     with pytest.raises(ArtefactError, match=r"id was made of|lineage ends elsewhere"):
         api.verify(copied)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regraft import api, disk, storage
+from regraft import api, disk, faults, storage
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
+from regraft.documents import read_json
 from regraft.errors import BusyError, EnvironmentFault, RegraftError, UsageError
 from regraft.faults import FAILPOINTS, armed, failpoint, is_armed
 from regraft.locks import LOCK, writing
@@ -26,7 +27,6 @@ from regraft.storage import (
     cache_home,
     committed_folder,
     is_whole,
-    read_json,
     remove_leftovers,
     write_json,
 )
@@ -79,7 +79,7 @@ def test_a_process_killed_at_any_failpoint_loses_nothing_it_promised(
     home = places[1]
     passed: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "failpoint", passed.append)
+        patch.setattr(faults, "failpoint", passed.append)
         (home / "whole").mkdir()
         for number in range(1, rounds + 1):
             writer().write(home / "whole", number)

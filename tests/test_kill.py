@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from interruption import AFTER_S, KINDS, Child, Stage, eager, newest
-from regraft import faults, storage
+from regraft import faults
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
@@ -32,7 +32,7 @@ def passed(stage: Stage, kind: str, out: Path, monkeypatch: pytest.MonkeyPatch) 
     """Returns how often an uninterrupted training passes each failpoint, caches empty."""
     names: Counter[str] = Counter()
     monkeypatch.setenv("REGRAFT_CACHE", str(out.with_name(f"{out.name}-cache")))
-    monkeypatch.setattr(storage, "failpoint", lambda name: names.update([name]))
+    monkeypatch.setattr(faults, "failpoint", lambda name: names.update([name]))
     stage.carry_out(kind, out)
     monkeypatch.undo()
     eager(monkeypatch)

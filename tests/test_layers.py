@@ -12,7 +12,7 @@ ROWS = [
     {"faults", "documents", "progress", "signals"},
     {"disk", "manifests"},
     {"storage"},
-    {"locks", "tensors"},
+    {"changing", "locks", "tensors"},
     {"engine", "inputs", "run"},
     {"data", "models"},
     {"evaluation"},
@@ -56,8 +56,8 @@ LAZY = {
     "imagecodecs", "pydicom", "gdcm",
 }  # fmt: skip
 WITHOUT_TORCH = {
-    "errors.py", "faults.py", "documents.py", "disk.py", "manifests.py", "storage.py", "locks.py",
-     "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
+    "errors.py", "faults.py", "documents.py", "disk.py", "manifests.py", "storage.py",
+    "changing.py", "locks.py", "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
     *COMMANDS, "training/recipe.py", "data/dataset.py",
 }  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from regraft.changing import write_manifest
 from regraft.errors import ArtefactError, UsageError
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.models.weights import transplant
-from regraft.storage import write_manifest
 
 RGB = InputSpec((32, 32), 3, 8, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 GREY = InputSpec((32, 32), 1, 8, (0.5,), (0.2,))

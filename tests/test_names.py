@@ -18,9 +18,10 @@ from PIL import Image
 
 from regraft import api, cli
 from regraft.data.dataset import Dataset
+from regraft.documents import read_json
 from regraft.errors import readable
 from regraft.run import Run
-from regraft.storage import read_json, write_json
+from regraft.storage import write_json
 from regraft.training.recipe import Recipe
 
 PLAIN = [

@@ -12,22 +12,13 @@ import pytest
 
 from power_loss import Recorder, lay_out
 from regraft import disk, manifests, storage
+from regraft.changing import append_json_line, cut_log, read_log, replace_files
 from regraft.disk import create_array
+from regraft.documents import read_json
 from regraft.errors import ArtefactError
+from regraft.manifests import Manifest, verify_manifest
 from regraft.run import FINISHED, Run
-from regraft.storage import (
-    Manifest,
-    Store,
-    append_json_line,
-    committed_folder,
-    cut_log,
-    read_json,
-    read_log,
-    remove_leftovers,
-    replace,
-    verify_manifest,
-    write_json,
-)
+from regraft.storage import Store, committed_folder, remove_leftovers, write_json
 
 pytestmark = pytest.mark.fault("F4")
 LEAST_STATES = 1000
@@ -128,7 +119,7 @@ class FixedNames(Writer):
         return {name: json.dumps([name, number]).encode() for name in ("a.json", "b.csv")}
 
     def write(self, root: Path, number: int) -> None:
-        replace(root, self.contents(number))
+        replace_files(root, self.contents(number))
 
     def check(self, root: Path, promised: int) -> None:
         remove_leftovers(root)
@@ -140,7 +131,7 @@ class FixedNames(Writer):
         for name in versions[0]:
             if promised or (root / name).exists():
                 claim((root / name).read_bytes() in [v[name] for v in versions], name)
-        replace(root, self.contents(9))
+        replace_files(root, self.contents(9))
         claim(verify_manifest(root).read("a.json") == self.contents(9)["a.json"], "no way on")
 
 
@@ -230,8 +221,8 @@ def violations(
     states: dict[str, tuple[int, dict[str, Any]]] = {}
     generator = random.Random(0)
     with pytest.MonkeyPatch.context() as patch:
-        mutant(patch)
         recorder = Recorder(root, patch)
+        mutant(patch)
 
         def note() -> None:
             for tree in recorder.states(MOST_AT_ONE_INSTANT, generator):
@@ -267,21 +258,11 @@ def test_no_state_that_a_power_loss_may_leave_loses_what_was_promised(
 
 
 def no_file_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(storage, "disk", Without(disk, "sync"))
+    patch.setattr(disk, "sync", lambda _: None)
 
 
 def no_folder_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(storage, "disk", Without(disk, "sync_folder"))
-
-
-class Without:
-    """A module in which one function does nothing."""
-
-    def __init__(self, module: Any, name: str) -> None:
-        self.module, self.name = module, name
-
-    def __getattr__(self, name: str) -> Any:
-        return (lambda *_: None) if name == self.name else getattr(self.module, name)
+    patch.setattr(disk, "sync_folder", lambda _: None)
 
 
 def in_place(patch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from regraft import api, cli
+from regraft.changing import write_manifest
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.engine import Engine
@@ -26,7 +27,6 @@ from regraft.evaluation.testing import test_images as images_of_test
 from regraft.models.classifier import Classifier
 from regraft.models.doubt import Doubt, distances, unit
 from regraft.run import Run
-from regraft.storage import write_manifest
 from regraft.training.recipe import Recipe
 
 MakeShapes = Callable[..., Path]

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from regraft.changing import write_manifest
 from regraft.delivery.pages import source_hash
 from regraft.delivery.report import write_report
 from regraft.errors import ArtefactError, UsageError, readable
-from regraft.storage import write_manifest
 
 HOSTILE = (
     "<script>alert(1)</script>",

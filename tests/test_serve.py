@@ -32,6 +32,7 @@ from regraft.data.sandbox import Sandbox, Sandboxes
 from regraft.delivery import serve as web
 from regraft.delivery.gate import Access, Gate, Limits, granted
 from regraft.delivery.service import Service, web_part
+from regraft.documents import sha256_of_file
 from regraft.engine import Engine, evaluating
 from regraft.errors import EnvironmentFault, UsageError
 from regraft.evaluation.answers import Answers
@@ -41,7 +42,6 @@ from regraft.evaluation.testing import own_rows, predict_dataset
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
-from regraft.storage import sha256_of_file
 
 ENGINE = Engine("cpu")
 INPUTS = InputSpec((32, 32), 3, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -7,21 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from regraft.changing import append_json_line, write_manifest
+from regraft.documents import read_json, read_json_lines, sha256_of_file, to_json
 from regraft.errors import ArtefactError, EnvironmentFault
-from regraft.storage import (
-    append_json_line,
-    committed,
-    committed_folder,
-    read_json,
-    read_json_lines,
-    sha256_of_file,
-    to_json,
-    verify_manifest,
-    write_bytes,
-    write_json,
-    write_manifest,
-    write_text,
-)
+from regraft.manifests import verify_manifest
+from regraft.storage import committed, committed_folder, write_bytes, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from regraft.changing import replace_files
 from regraft.data.cache import Cache
 from regraft.data.checks import Checked, check_data
 from regraft.data.dataset import DataOptions, Dataset
@@ -21,6 +22,7 @@ from regraft.delivery.report import write_report
 from regraft.delivery.service import Service, web_part
 from regraft.delivery.verification import verify as verified
 from regraft.disk import require_writable
+from regraft.documents import json_content, read_json
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError
 from regraft.evaluation.compare import LEAST_SEEDS
@@ -44,7 +46,7 @@ from regraft.models.doubt import DEFAULT_RATE
 from regraft.models.foreign import Import, import_classifier
 from regraft.progress import Note, OnProgress, counting, quiet
 from regraft.run import FINISHED, Run, elsewhere, refuse_existing, refuse_inside
-from regraft.storage import json_content, read_json, remove_folder, replace
+from regraft.storage import remove_folder
 from regraft.training.arms import Arms
 from regraft.training.comparing import (
     Asked,
@@ -184,7 +186,7 @@ def _compared(arms: Arms) -> dict[str, Any]:
         begin(out, arms.asked, arms.session, arms.begun)
         comparison = arms.run_all()
         if is_main:
-            replace(out, {"comparison.json": json_content(comparison)})
+            replace_files(out, {"comparison.json": json_content(comparison)})
             report([out], out=out / "report.html")
             remove_folder(arms.ledger.folder)
     return comparison

@@ -11,9 +11,10 @@ import numpy as np
 
 from regraft import api
 from regraft.data.decode import encode_png
+from regraft.documents import read_json
 from regraft.progress import Note, OnProgress
 from regraft.run import refuse_existing
-from regraft.storage import make_folder, read_json, write_bytes, write_json
+from regraft.storage import make_folder, write_bytes, write_json
 from regraft.training.recipe import Recipe
 
 ARCH, SIZE = "resnet10t", 32  # measured: the source learns in under 30 s on 2 cores

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from time import sleep
 
 from regraft.errors import UsageError
@@ -71,6 +72,11 @@ def armed(text: str) -> Iterator[None]:
         yield
     finally:
         _armed[:] = before
+
+
+def kind_of(path: Path) -> str:
+    """Returns how failpoints call a file that is written."""
+    return path.stem if path.stem in KINDS else "file"
 
 
 def failpoint(name: str) -> None:

@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from regraft import disk
+from regraft.documents import to_json
 from regraft.errors import BusyError, EnvironmentFault
-from regraft.storage import remove_leftovers, to_json
+from regraft.storage import remove_leftovers
 
 LOCK = "lock"
 MOST_BYTES = 4096  # of what a holder says of itself; assumed

@@ -41,7 +41,7 @@ class Entry:
 
 
 ABSENT = Entry(-1, "")
-"""What stands for a file before it is first written by `replace`."""
+"""What stands for a file before it is first written by `replace_files`."""
 
 
 @dataclass(frozen=True)

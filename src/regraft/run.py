@@ -10,25 +10,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
-from regraft.errors import ArtefactError, UsageError, shorten
-from regraft.storage import (
-    MANIFEST,
-    Content,
-    Store,
-    append_json_line,
+from regraft.changing import append_json_line, read_log, replace_files
+from regraft.documents import (
     json_content,
-    make_folder,
     parse_json,
     parse_json_lines,
-    read_log,
     read_sealed,
-    read_verified,
-    remove_file,
-    remove_folder,
-    replace,
     sha256_of,
     to_json_lines,
 )
+from regraft.errors import ArtefactError, UsageError, shorten
+from regraft.manifests import MANIFEST, read_verified
+from regraft.storage import Content, Store, make_folder, remove_file, remove_folder
 
 SCHEMA = 1
 UNBORN = {
@@ -125,7 +118,7 @@ class Run:
             "run.json": json_content(document),  # the last: with it the folder is a Run
         }
         remove_file(folder / MANIFEST)  # of one that was killed before it was a Run
-        replace(folder, contents)
+        replace_files(folder, contents)
         return cls(folder)
 
     @classmethod
@@ -173,7 +166,7 @@ class Run:
     def set_status(self, state: str, **details: Any) -> None:
         """Writes how it stands; the manifest vouches for the logs as they are now."""
         status = {"status.json": json_content({"state": state, **details})}
-        replace(self.folder, status, LOGS, grow=state != FINISHED)
+        replace_files(self.folder, status, LOGS, grow=state != FINISHED)
 
     def _document(self, name: str) -> dict[str, Any]:
         content = read_verified(self.folder, name)
@@ -250,7 +243,7 @@ class Run:
 
     def write_files(self, contents: Mapping[str, Content]) -> None:
         """Commits files; the manifest of the Run vouches for them."""
-        replace(self.folder, contents)
+        replace_files(self.folder, contents)
 
     @property
     def place(self) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 A file appears under its name whole or not at all: it is written beside its destination, synced,
 renamed, and its folder synced. Files that count together lie in a folder that appears likewise,
 with a manifest (size and sha256 of each, taken while they are written) as its last file. A `Store`
-keeps such folders by step; `replace` changes files under fixed names while their manifest verifies
-at every moment. What a crash leaves is found by its hash, never by its time or a link.
+keeps such folders by step. What a crash leaves is found by its hash, never by its time or a link.
 """
 
-import dataclasses
 import errno
 import hashlib
 import os
@@ -18,78 +16,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from regraft import disk
-from regraft.documents import (
-    MOST_JSON_BYTES,
-    cut_off,
-    json_content,
-    parse_json,
-    parse_json_lines,
-    read_json,
-    read_json_lines,
-    read_regular,
-    read_sealed,
-    sealed_content,
-    sha256_of,
-    sha256_of_file,
-    to_json,
-    to_json_lines,
-)
+from regraft import disk, faults
+from regraft.documents import json_content, sha256_of_file
 from regraft.errors import ArtefactError
-from regraft.faults import KINDS, failpoint
-from regraft.manifests import (
-    ABSENT,
-    MANIFEST,
-    Entry,
-    Manifest,
-    plain_name,
-    read_verified,
-    verify_manifest,
-)
-
-__all__ = [  # reading is a room of its own, and this the door
-    "MANIFEST",
-    "Content",
-    "Entry",
-    "Manifest",
-    "Step",
-    "Store",
-    "append_json_line",
-    "cache_home",
-    "committed",
-    "committed_folder",
-    "cut_log",
-    "holds",
-    "is_whole",
-    "json_content",
-    "make_cache",
-    "make_folder",
-    "parse_json",
-    "parse_json_lines",
-    "read_json",
-    "read_json_lines",
-    "read_log",
-    "read_regular",
-    "read_sealed",
-    "read_verified",
-    "remove_file",
-    "remove_folder",
-    "remove_leftovers",
-    "replace",
-    "sealed_content",
-    "sha256_of",
-    "sha256_of_file",
-    "to_json",
-    "to_json_lines",
-    "verify_manifest",
-    "write_bytes",
-    "write_file",
-    "write_folder",
-    "write_json",
-    "write_listed",
-    "write_manifest",
-    "write_text",
-]  # fmt: skip
+from regraft.manifests import MANIFEST, Entry, Manifest, verify_manifest
 
 Content = bytes | Sequence[bytes | memoryview]
 """What a file is to hold: bytes, or buffers one after the other, as of `tensors.packed`."""
@@ -113,7 +43,7 @@ def write_file(path: Path, content: Content) -> Entry:
     Raises:
         EnvironmentFault: The machine refuses; what stood under the name still does.
     """
-    kind = _kind(path)
+    kind = faults.kind_of(path)
     with disk.told(path), _temporary_file(path) as (temporary, descriptor):
         entry = _fill(descriptor, content, kind)
         _appear(temporary, path, kind)
@@ -126,13 +56,13 @@ def committed(path: Path) -> Iterator[Path]:
 
     For writers that want a path; `write_file` does with what is at hand.
     """
-    kind = _kind(path)
+    kind = faults.kind_of(path)
     with disk.told(path), _temporary_file(path) as (temporary, descriptor):
         mode = os.fstat(descriptor).st_mode & 0o777
         yield temporary
         os.chmod(temporary, mode)  # that of the umask: safetensors leaves 0600 whatever it says
         _sync_file(temporary)
-        failpoint(f"{kind}.synced")
+        faults.failpoint(f"{kind}.synced")
         _appear(temporary, path, kind)
 
 
@@ -150,17 +80,12 @@ def write_json(path: Path, document: Any) -> None:
     write_file(path, json_content(document))
 
 
-def _kind(path: Path) -> str:
-    """Returns how failpoints call what is written."""
-    return path.stem if path.stem in KINDS else "file"
-
-
 @contextmanager
 def _temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
     """Yields a new file beside `path`, held for as long as this process is at work on it."""
-    failpoint(f"{_kind(path)}.begun")
+    faults.failpoint(f"{faults.kind_of(path)}.begun")
     with _held_new(path, lambda new: os.close(disk.create(new))) as temporary:
-        failpoint(f"{_kind(path)}.created")
+        faults.failpoint(f"{faults.kind_of(path)}.created")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CLOEXEC)
         try:
             yield temporary, descriptor
@@ -202,18 +127,18 @@ def _fill(descriptor: int, content: Content, kind: str) -> Entry:
             disk.write(descriptor, part)
             written += len(part)
             if written == size // 2:
-                failpoint(f"{kind}.half")
-    failpoint(f"{kind}.written")
+                faults.failpoint(f"{kind}.half")
+    faults.failpoint(f"{kind}.written")
     disk.sync(descriptor)
-    failpoint(f"{kind}.synced")
+    faults.failpoint(f"{kind}.synced")
     return Entry(size, digest.hexdigest())
 
 
 def _appear(temporary: Path, path: Path, kind: str) -> None:
     disk.rename(temporary, path)
-    failpoint(f"{kind}.renamed")
+    faults.failpoint(f"{kind}.renamed")
     disk.sync_folder(path.parent)
-    failpoint(f"{kind}.settled")
+    faults.failpoint(f"{kind}.settled")
 
 
 def _sync_file(path: Path) -> None:
@@ -283,7 +208,7 @@ def holds(folder: Path, contents: Mapping[str, Content]) -> bool:
     """Whether the folder is committed and holds these files and no others."""
     if not (folder / MANIFEST).is_file():
         return False
-    entries = {name: _entry_of(content) for name, content in contents.items()}
+    entries = {name: entry_of(content) for name, content in contents.items()}
     return verify_manifest(folder).entries == entries
 
 
@@ -305,9 +230,9 @@ def _write_in(path: Path, content: Content, kind: str) -> Entry:
 
 @contextmanager
 def _temporary_folder(path: Path, kind: str) -> Iterator[Path]:
-    failpoint(f"{kind}.begun")
+    faults.failpoint(f"{kind}.begun")
     with _held_new(path, disk.make_one_folder) as temporary:
-        failpoint(f"{kind}.created")
+        faults.failpoint(f"{kind}.created")
         try:
             yield temporary
         finally:
@@ -320,7 +245,7 @@ def _seal(
     """Adds the manifest, and gives the folder its name."""
     _write_in(temporary / MANIFEST, Manifest(temporary, dict(entries)).content(), kind)
     disk.sync_folder(temporary)
-    failpoint(f"{kind}.sealed")
+    faults.failpoint(f"{kind}.sealed")
     if replaces:
         remove_folder(path)
     try:
@@ -328,9 +253,9 @@ def _seal(
     except OSError:
         if not path.is_dir():  # another process may have committed the same folder first
             raise
-    failpoint(f"{kind}.renamed")
+    faults.failpoint(f"{kind}.renamed")
     disk.sync_folder(path.parent)
-    failpoint(f"{kind}.settled")
+    faults.failpoint(f"{kind}.settled")
 
 
 def remove_folder(path: Path) -> None:
@@ -360,6 +285,15 @@ def _size(content: Content) -> int:
     return (
         len(content) if isinstance(content, bytes) else sum(memoryview(b).nbytes for b in content)
     )
+
+
+def entry_of(content: Content) -> Entry:
+    """Returns the size and hash of what a file is to hold."""
+    buffers = [content] if isinstance(content, bytes) else content
+    digest = hashlib.sha256()
+    for buffer in buffers:
+        digest.update(buffer)
+    return Entry(_size(content), digest.hexdigest())
 
 
 # Folders by step
@@ -449,173 +383,4 @@ class Store:
         for number in self.numbers()[:-keep]:
             if number not in also:
                 remove_folder(self.path(number))
-                failpoint(f"{self.kind}.pruned")
-
-
-# Files under fixed names
-
-
-def replace(
-    folder: Path, contents: Mapping[str, Content], logs: Sequence[str] = (), *, grow: bool = True
-) -> None:
-    """Commits files of a folder whose manifest verifies at every moment between.
-
-    The manifest first says what each file may be from now on, then the files change, in this order,
-    then it says what they are.
-
-    Args:
-        folder: Exists.
-        contents: Of each file.
-        logs: Files that are appended to (see `append_json_line`), vouched for as far as they are.
-        grow: Whether the logs may go on.
-    """
-    disk.require_space(folder, sum(_size(content) for content in contents.values()))
-    with disk.told(folder / MANIFEST), disk.held(folder):
-        entries = _settled(folder)
-        for name, content in contents.items():
-            before = entries.get(plain_name(name), ABSENT)
-            entries[name] = dataclasses.replace(before, after=_entry_of(content))
-        if contents:
-            _write_manifest(folder, entries)
-        for name, content in contents.items():
-            entries[name] = write_file(folder / name, content)
-        for name in logs:
-            if (folder / name).is_file():
-                entries[name] = _log_entry(folder / name, None, grow)
-        _write_manifest(folder, entries)
-
-
-def write_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Commits the size and sha256 of files that are all there already."""
-    entries = {
-        plain_name(name): Entry((folder / name).stat().st_size, sha256_of_file(folder / name))
-        for name in names
-    }
-    _write_manifest(folder, entries)
-
-
-def _settled(folder: Path) -> dict[str, Entry]:
-    """Returns the entries, those of a replacement that was cut off as their files are now."""
-    if not (folder / MANIFEST).is_file():
-        return {}
-    manifest = Manifest.open(folder)
-    settled = {}
-    for name, entry in manifest.entries.items():
-        if entry.after is None:
-            settled[name] = entry
-            continue
-        for each in (entry.after, dataclasses.replace(entry, after=None)):
-            alone = Manifest(folder, {name: each})
-            if each.size >= 0 and not alone.problems():
-                settled[name] = each
-    return settled
-
-
-def _write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
-    write_file(folder / MANIFEST, Manifest(folder, entries).content())
-
-
-def _entry_of(content: Content) -> Entry:
-    buffers = [content] if isinstance(content, bytes) else content
-    digest = hashlib.sha256()
-    for buffer in buffers:
-        digest.update(buffer)
-    return Entry(_size(content), digest.hexdigest())
-
-
-def _log_entry(path: Path, size: int | None, grow: bool) -> Entry:
-    content = path.read_bytes()[:size]
-    return Entry(len(content), hashlib.sha256(content).hexdigest(), grows=grow)
-
-
-def write_listed(path: Path, content: bytes) -> None:
-    """Commits a file; where its folder has a manifest, that vouches for it too."""
-    if (path.parent / MANIFEST).is_file():
-        replace(path.parent, {path.name: content})
-    else:
-        write_file(path, content)
-
-
-# Logs
-
-
-def append_json_line(path: Path, document: Any) -> int:
-    """Commits a line at the end of a log; returns its size then, for `cut_log`.
-
-    A line that a crash had cut off goes first.
-    """
-    kind = _kind(path)
-    failpoint(f"{kind}.begun")
-    with disk.told(path):
-        is_new = not path.exists()
-        descriptor = disk.open_log(path)
-        try:
-            end = _whole_lines(path)
-            if end < os.fstat(descriptor).st_size:
-                disk.truncate(descriptor, end)
-            line = to_json(document).encode("ascii") + b"\n"
-            try:
-                disk.write(descriptor, memoryview(line[: len(line) // 2]))
-                failpoint(f"{kind}.half")
-                disk.write(descriptor, memoryview(line[len(line) // 2 :]))
-                failpoint(f"{kind}.written")
-                disk.sync(descriptor)
-            except OSError:
-                disk.truncate(descriptor, end)
-                raise
-            failpoint(f"{kind}.synced")
-        finally:
-            os.close(descriptor)
-        if is_new:
-            disk.sync_folder(path.parent)
-        failpoint(f"{kind}.settled")
-    return end + len(line)
-
-
-def cut_log(path: Path, size: int) -> None:
-    """Drops what was appended after the log had `size` bytes, as the state of a step says.
-
-    Raises:
-        ArtefactError: It has fewer.
-    """
-    if not path.exists() and not size:
-        return
-    if not path.exists() or path.stat().st_size < size:
-        raise ArtefactError(
-            f"`{path}` has lost lines: expected {size} bytes", hint="restore the file from a copy"
-        )
-    folder = path.parent
-    with disk.told(path), disk.held(folder):
-        entries = _settled(folder)
-        if path.name in entries and entries[path.name].size > size:
-            entries[path.name] = _log_entry(path, size, grow=True)
-            _write_manifest(folder, entries)
-        descriptor = disk.open_log(path)
-        try:
-            disk.truncate(descriptor, size)
-            disk.sync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _whole_lines(path: Path) -> int:
-    """Returns the size of the log without a last line that was cut off."""
-    content = path.read_bytes()
-    return len(content) - len(cut_off(content))
-
-
-def read_log(path: Path) -> list[Any]:
-    """Returns the documents of a log, none where it does not exist yet.
-
-    What a crash has cut off at its end is left out, but not what the manifest vouches for.
-
-    Raises:
-        ArtefactError: A line is not JSON, or not what was saved.
-    """
-    if not path.exists():
-        return []
-    if (path.parent / MANIFEST).is_file() and path.name in Manifest.open(path.parent).entries:
-        content = read_verified(path.parent, path.name)
-    else:
-        content = read_regular(path, MOST_JSON_BYTES)
-    return parse_json_lines(content[: len(content) - len(cut_off(content))], path)
+                faults.failpoint(f"{self.kind}.pruned")

@@ -113,11 +113,11 @@ def predict(
         JSON Lines instead of CSV.
     """
     from regraft import api
+    from regraft.changing import write_listed
     from regraft.engine import Engine
     from regraft.evaluation.embeddings import refuse_unknown_form, write_embeddings
     from regraft.evaluation.rows import to_records
     from regraft.run import refuse_existing, refuse_inside
-    from regraft.storage import write_listed
 
     if top is not None and top < 1:
         raise UsageError(f"`--top {top}` is no number of classes", hint="write `--top 3`")
@@ -248,8 +248,8 @@ def _written(
     table: "Predictions | None", broken: list[tuple[str, str]], top: int | None, *, lines: bool
 ) -> str:
     """Returns the table as CSV, or as JSON Lines."""
+    from regraft.documents import to_json_lines
     from regraft.evaluation.rows import to_csv, to_records
-    from regraft.storage import to_json_lines
 
     if lines:
         return to_json_lines(to_records(table, broken, top))

@@ -25,6 +25,7 @@ from regraft.data.decode import (
 from regraft.data.looks import HASH_SIDE, perceptual_hash
 from regraft.data.pictures import resized
 from regraft.disk import create_array, require_space
+from regraft.documents import read_json, sha256_of
 from regraft.errors import ArtefactError, EnvironmentFault, UsageError
 from regraft.inputs import DECODER, InputSpec
 from regraft.storage import (
@@ -32,10 +33,8 @@ from regraft.storage import (
     committed_folder,
     is_whole,
     make_cache,
-    read_json,
     remove_folder,
     remove_leftovers,
-    sha256_of,
     write_json,
 )
 

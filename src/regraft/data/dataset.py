@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from regraft.data.decode import UnreadableImage
 from regraft.data.exclusions import excluded_name
 from regraft.data.split import SPLITS, split_problems
+from regraft.documents import sha256_of
 from regraft.errors import DataError, RegraftError, count, shorten
-from regraft.storage import sha256_of
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regraft.documents import read_json
 from regraft.errors import ArtefactError, UsageError, shorten
-from regraft.storage import read_json
 
 
 @dataclass(frozen=True)

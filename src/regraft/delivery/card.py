@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from regraft.documents import read_json
 from regraft.errors import count
 from regraft.models.classifier import Classifier
 from regraft.run import Run, elsewhere
-from regraft.storage import read_json
 
 METRICS = {
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",

@@ -12,11 +12,12 @@ import torch
 from regraft.delivery.card import model_card
 from regraft.delivery.deployed import Agreement, Deployed, Outputs, compared, quiet_exporters
 from regraft.delivery.timm_folder import write_timm_folder
+from regraft.documents import to_json
 from regraft.errors import EnvironmentFault, UsageError
 from regraft.evaluation.evidence import Evidence
 from regraft.models.classifier import Classifier
 from regraft.run import Run, refuse_existing
-from regraft.storage import make_folder, to_json, write_bytes, write_file
+from regraft.storage import make_folder, write_bytes, write_file
 
 OPSET = 20  # of ONNX; read by onnxruntime 1.17 (2024) and later
 ONNX_BYTES = 2**31  # protobuf's limit of one file

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from regraft.changing import write_listed
 from regraft.data.checks import Checked
 from regraft.data.decode import UnreadableImage, encode_png, read_content, read_header, read_pixels
 from regraft.data.finding import FileRef, Finding
 from regraft.delivery.pages import rendered
 from regraft.delivery.report import refuse_other_page
-from regraft.storage import make_folder, write_listed
+from regraft.storage import make_folder
 
 MOST_SHOWN = 12  # pairs or single pictures of a finding; assumed
 THUMBNAIL_PX = 112

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from regraft.changing import write_listed
 from regraft.delivery.figures import Series, arms, curves, label_efficiency, paired_differences
 from regraft.delivery.pages import placeless, rendered
+from regraft.documents import read_json, read_json_lines
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.evaluation.compare import LEAST_SEEDS
 from regraft.progress import duration
 from regraft.run import FAILED, FINISHED, INTERRUPTED, RUNNING, SCHEMA, Run
-from regraft.storage import make_folder, read_json, read_json_lines, write_listed
+from regraft.storage import make_folder
 
 MOST_THUMBNAILS = 24
 MOST_CONFUSED = 30  # classes: assumed, a larger matrix cannot be read on a page

@@ -7,11 +7,11 @@ from types import ModuleType
 from typing import Any
 
 from regraft.delivery.gate import Access, Limits
+from regraft.documents import sha256_of_file
 from regraft.engine import Engine
 from regraft.errors import EnvironmentFault, count
 from regraft.evaluation.answers import Answers
 from regraft.models.classifier import WEIGHTS, Classifier, final_folder
-from regraft.storage import sha256_of_file
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from regraft.delivery.deployed import (
     compared,
     quiet_exporters,
 )
+from regraft.documents import json_content
 from regraft.engine import evaluating
 from regraft.errors import UsageError
 from regraft.evaluation.evidence import Evidence
 from regraft.models.backbone import VARIANTS, is_own, load_timm_folder, whole_network
 from regraft.models.classifier import WEIGHTS, Classifier
 from regraft.run import Run
-from regraft.storage import committed_folder, json_content, write_bytes, write_file
+from regraft.storage import committed_folder, write_bytes, write_file
 from regraft.tensors import packed
 
 # Where timm's network of the name takes a class token, or has a norm behind its means: options that

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regraft.documents import sha256_of
 from regraft.errors import ArtefactError, count, readable, shorten
+from regraft.manifests import MANIFEST, Manifest, verify_manifest
 from regraft.models.backbone import is_own
 from regraft.models.classifier import (
     MODEL,
@@ -15,7 +17,6 @@ from regraft.models.classifier import (
     read_weights,
 )
 from regraft.run import FINISHED, PLACE, Run, elsewhere
-from regraft.storage import MANIFEST, Manifest, sha256_of, verify_manifest
 
 OWN = {"lock", MANIFEST, "best", "state", "final", "mistakes"}
 """What no manifest of a Run lists: the lock, itself, and folders with manifests of their own."""

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from regraft.changing import write_listed
 from regraft.errors import EnvironmentFault, UsageError
 from regraft.evaluation.predictions import Predictions
-from regraft.storage import write_listed
 
 SUFFIXES = (".npy", ".parquet")
 

@@ -15,6 +15,7 @@ from regraft.data.dataset import Dataset, Sample, unusable
 from regraft.data.decode import (
     encode_png,
 )
+from regraft.documents import json_content, sha256_of
 from regraft.engine import Engine
 from regraft.errors import DataError, UsageError, count, shorten
 from regraft.evaluation.explain import heat_of, overlay
@@ -24,7 +25,7 @@ from regraft.evaluation.predictions import Predictions, eval_batch, infer, softm
 from regraft.evaluation.rows import to_csv
 from regraft.models.classifier import Classifier
 from regraft.run import Run
-from regraft.storage import committed_folder, json_content, remove_leftovers, sha256_of, write_bytes
+from regraft.storage import committed_folder, remove_leftovers, write_bytes
 
 NUM_MISTAKES = 24  # thumbnails kept for the report
 THUMBNAIL_PX = 128

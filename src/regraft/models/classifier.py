@@ -7,22 +7,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
+from regraft.documents import json_content, parse_json
 from regraft.errors import ArtefactError, UsageError, count, shorten
 from regraft.inputs import InputSpec
+from regraft.manifests import Manifest
 from regraft.models.backbone import Backbone, refuse_larger, refuse_unnamed_code
 from regraft.models.doubt import Doubt
 from regraft.models.head import Head
 from regraft.run import refuse_existing
-from regraft.storage import (
-    Content,
-    Manifest,
-    Store,
-    holds,
-    json_content,
-    make_folder,
-    parse_json,
-    write_folder,
-)
+from regraft.storage import Content, Store, holds, make_folder, write_folder
 from regraft.tensors import MOST_BYTES, packed, unpacked
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"

@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from regraft.documents import json_content, parse_json
 from regraft.errors import ArtefactError, UsageError, shorten
-from regraft.storage import Content, Manifest, json_content, parse_json
+from regraft.manifests import Manifest
+from regraft.storage import Content
 from regraft.tensors import MOST_BYTES, packed, unpacked
 
 DOUBT, REMEMBERED = "doubt.json", "doubt.safetensors"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from regraft.documents import sha256_of_file
 from regraft.engine import evaluating
 from regraft.errors import ArtefactError, UsageError, count
 from regraft.inputs import InputSpec
@@ -24,7 +25,6 @@ from regraft.models.layers import KerasFile
 from regraft.models.quarantine import read_apart
 from regraft.models.scaling import Scaling, scaling_of, with_inner
 from regraft.models.state_dicts import fill_named, read_folder, read_safetensors
-from regraft.storage import sha256_of_file
 
 SCALES = ("Rescaling", "Normalization")
 UNMAPPED = ("Flatten", "GlobalAveragePooling2D", "GlobalMaxPooling2D", "Dropout")

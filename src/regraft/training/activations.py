@@ -30,6 +30,7 @@ from regraft.data.batches import (
     shuffled_batches,
 )
 from regraft.disk import create_array
+from regraft.documents import read_json, sha256_of
 from regraft.engine import evaluating
 from regraft.models.backbone import Backbone
 from regraft.models.stages import Cut
@@ -39,10 +40,8 @@ from regraft.storage import (
     committed_folder,
     is_whole,
     make_cache,
-    read_json,
     remove_folder,
     remove_leftovers,
-    sha256_of,
     write_json,
 )
 from regraft.training.feeds import Feed, Live

@@ -9,30 +9,26 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from regraft.changing import replace_files
+from regraft.documents import (
+    json_content,
+    parse_json,
+    parse_json_lines,
+    read_sealed,
+    sealed_content,
+    sha256_of_file,
+    to_json_lines,
+)
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError
 from regraft.evaluation.metrics import METRICS
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.testing import labelled, tabulate
+from regraft.manifests import read_verified, verify_manifest
 from regraft.models.classifier import WEIGHTS, final_folder
 from regraft.progress import Note
 from regraft.run import PLACE
-from regraft.storage import (
-    Content,
-    Store,
-    json_content,
-    make_folder,
-    parse_json,
-    parse_json_lines,
-    read_sealed,
-    read_verified,
-    sealed_content,
-    sha256_of_file,
-    to_json_lines,
-    verify_manifest,
-    write_file,
-)
-from regraft.storage import replace as replace_files
+from regraft.storage import Content, Store, make_folder, write_file
 from regraft.tensors import MOST_BYTES, packed, unpacked
 from regraft.training.contract import (
     contract,

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from regraft.changing import cut_log
+from regraft.documents import json_content, parse_json
 from regraft.engine import Engine
 from regraft.errors import EnvironmentFault, RegraftError
 from regraft.models.classifier import Classifier
@@ -16,7 +18,7 @@ from regraft.progress import OnProgress
 from regraft.run import CUT_BACK, FAILED, FINISHED, INTERRUPTED, Run
 from regraft.signals import Ended, Noted, noted
 from regraft.storage import Step as Committed
-from regraft.storage import cut_log, json_content, parse_json, remove_folder
+from regraft.storage import remove_folder
 from regraft.tensors import MOST_BYTES, packed, unpacked
 from regraft.training.auto import Trial
 from regraft.training.loop import Epoch, Step, to_json

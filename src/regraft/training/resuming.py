@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from regraft.documents import sha256_of
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError, count
 from regraft.inputs import InputSpec
@@ -11,7 +12,6 @@ from regraft.models.backbone import Backbone, is_own
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress
 from regraft.run import FINISHED, RUNNING, Run
-from regraft.storage import sha256_of
 from regraft.training.contract import (
     contract,
     found_again,

@@ -25,6 +25,7 @@ from regraft.data.precheck import (
     told,
 )
 from regraft.disk import require_space
+from regraft.documents import sealed_content
 from regraft.engine import Engine
 from regraft.errors import count
 from regraft.evaluation.predictions import eval_batch, infer
@@ -35,7 +36,7 @@ from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import PLACE, Run, refuse_existing
-from regraft.storage import Store, make_folder, sealed_content, write_file
+from regraft.storage import Store, make_folder, write_file
 from regraft.training.auto import tune
 from regraft.training.contract import contract, place
 from regraft.training.doubting import with_doubt
