@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from regraft.evaluation.calibration import calibrated_loss, fit_temperature
-from regraft.training.probe import PENALTIES, effective_rank, probe, solve_ridge
+from regraft.training.probe import RIDGE_PENALTIES, effective_rank, probe, solve_ridge
 
 
 def clouds(number: int, width: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -44,12 +44,12 @@ def test_left_out_logits_are_those_of_a_fit_without_the_image_or_its_group(
     features, labels = clouds(40, width)
     groups = np.repeat(np.arange(10), 4) if grouped else np.arange(40)
     solution, logits = solve_ridge(features, labels, groups)
-    expected = {p: brute_force(features, labels, groups, p * 40) for p in PENALTIES}
+    expected = {p: brute_force(features, labels, groups, p * 40) for p in RIDGE_PENALTIES}
     errors = {
         p: ((found - (np.eye(3)[labels] * 2 - 1)) ** 2).mean() for p, found in expected.items()
     }
     best = min(errors, key=errors.__getitem__)
-    assert solution.strength == pytest.approx(best * 40)
+    assert solution.penalty == pytest.approx(best * 40)
     scale = logits / expected[best]
     assert np.allclose(scale, scale.flat[0], rtol=1e-3), "one temperature for all"
 

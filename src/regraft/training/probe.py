@@ -21,11 +21,11 @@ from regraft.models.head import Head
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Fold = tuple[Labels, Labels]  # places that learn, places that judge
-# Inverse strengths of the L2 penalty on standardised features; a wide grid, assumed.
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# L2 penalties on standardised features, the strongest first; a wide grid, assumed.
+LOGISTIC_PENALTIES = (1e4, 1e3, 1e2, 10.0, 1.0, 0.1)
 MOST_ITERATIONS = 500
-# Ridge penalties on standardised features, a share of the number of images; a wide grid, assumed.
-PENALTIES = np.logspace(-4, 2, 13)
+# Likewise, as shares of the number of images.
+RIDGE_PENALTIES = np.logspace(-4, 2, 13)
 NEIGHBOURS = (1, 5, 20)
 MOST_NEIGHBOURED = 4000  # images whose distances fit into memory; assumed
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -42,11 +42,16 @@ def one_thread(function: Function) -> Function:
 
 @dataclass(frozen=True)
 class Solution:
-    """A linear head: logits_NK = features_ND @ weight.T + bias."""
+    """A linear head: logits_NK = features_ND @ weight.T + bias.
+
+    Attributes:
+        penalty: What the squared weights on standardised features cost beside the sum of the
+            images' losses.
+    """
 
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
-    strength: float
+    penalty: float
 
     def logits(self, features_ND: Features) -> NDArray[np.float32]:
         return (features_ND @ self.weight.T + self.bias).astype(np.float32)
@@ -75,8 +80,8 @@ def solve_head(
     """
     fits = [_Logistic(features_ND[learn], labels_N[learn], balanced) for learn, _ in folds]
     best: tuple[float, Solution] | None = None
-    for strength in STRENGTHS:
-        found = [fit.solved(strength) for fit in fits]
+    for penalty in LOGISTIC_PENALTIES:
+        found = [fit.solved(penalty) for fit in fits]
         losses = [
             log_losses(softmax(solution.logits(features_ND[judge])), labels_N[judge])
             for solution, (_, judge) in zip(found, folds, strict=True)
@@ -88,7 +93,7 @@ def solve_head(
     assert best is not None
     if len(folds) == 1:
         return best[1]
-    return _Logistic(features_ND, labels_N, balanced).solved(best[1].strength)
+    return _Logistic(features_ND, labels_N, balanced).solved(best[1].penalty)
 
 
 class _Logistic:
@@ -106,10 +111,10 @@ class _Logistic:
             max_iter=MOST_ITERATIONS, class_weight=weight, warm_start=True
         )
 
-    def solved(self, strength: float) -> Solution:
+    def solved(self, penalty: float) -> Solution:
         from sklearn.exceptions import ConvergenceWarning
 
-        self.model.set_params(C=strength)
+        self.model.set_params(C=1 / penalty)
         with warnings.catch_warnings():
             # Separable classes under a weak penalty converge slowly, and validation rejects them.
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -118,7 +123,7 @@ class _Logistic:
         if len(weight) == 1:  # scikit-learn keeps one row for two classes
             weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
         weight = weight / self.std
-        return Solution(weight, bias - weight @ self.mean, strength)
+        return Solution(weight, bias - weight @ self.mean, penalty)
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ def solve_ridge(
     centred = left.T @ (targets_NK - offset_K)
     members = _members(groups_N)
     best: tuple[float, float, NDArray[np.float64]] | None = None
-    for penalty in PENALTIES * number:
+    for penalty in RIDGE_PENALTIES * number:
         shrunk = values / (values + penalty)
         residuals = targets_NK - offset_K - left @ (shrunk[:, None] * centred)
         left_out = targets_NK - _left_out(residuals, left * np.sqrt(shrunk), members)
