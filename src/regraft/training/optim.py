@@ -219,14 +219,12 @@ class Average:
         self.decay = decay
         self.steps = 0
         parameters = zip(self.module.parameters(), classifier.parameters(), strict=True)
-        buffers = zip(self.module.buffers(), classifier.buffers(), strict=True)
+        buffers = list(zip(self.module.buffers(), classifier.buffers(), strict=True))
         learning = [(old.detach(), new) for old, new in parameters if new.requires_grad]
         pairs = learning + [(old, new) for old, new in buffers if old.is_floating_point()]
         self.averaged = [old for old, _ in pairs]
         self.current = [new.detach() for _, new in pairs]
-        self.counts = [(o, n) for o, n in zip(
-            self.module.buffers(), classifier.buffers(), strict=True
-        ) if not o.is_floating_point()]  # fmt: skip
+        self.counts = [(old, new) for old, new in buffers if not old.is_floating_point()]
 
     def update(self) -> None:
         """Takes in the weights after one more step."""
