@@ -23,8 +23,8 @@ from regraft.locks import writing
 from regraft.progress import Note
 from regraft.run import Run
 from regraft.signals import SAME_S
-from regraft.training import comparing, keeping, resuming
 from regraft.training import contract as conditions
+from regraft.training import keeping
 from regraft.training.keeping import Keeper, Stopped
 from regraft.training.loop import Step
 from regraft.training.recipe import Recipe
@@ -195,7 +195,7 @@ def test_other_conditions_are_named_and_refused(
         now = contract(engine)
         return now | {field: now[field] | changed if isinstance(changed, dict) else changed}
 
-    monkeypatch.setattr(resuming, "contract", other)
+    monkeypatch.setattr(conditions, "contract", other)
     with pytest.raises(ArtefactError, match="would not give the same bits here") as error:
         stage.resume(run.folder)
     assert error.value.exit_code == 4
@@ -404,8 +404,7 @@ def test_a_comparison_under_other_conditions_says_so(
     def other(engine: Any) -> dict[str, Any]:
         return contract(engine) | {"threads": 5}
 
-    for module in (resuming, comparing):
-        monkeypatch.setattr(module, "contract", other)
+    monkeypatch.setattr(conditions, "contract", other)
     with pytest.raises(ArtefactError, match="would not give the same bits here"):
         api.resume(out, arch=stage.arch)
     api.resume(out, arch=stage.arch, allow_inexact=True)

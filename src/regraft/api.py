@@ -53,11 +53,11 @@ from regraft.training.comparing import (
     again,
     asked_before,
     begin,
-    engine_of,
     found_start,
     is_comparison,
     is_complete,
 )
+from regraft.training.contract import engine_like
 from regraft.training.plan import Plan
 from regraft.training.recipe import Recipe
 from regraft.training.resuming import Resumption, resume_run
@@ -264,7 +264,7 @@ def _compared_again(
     asked = Asked.model_validate(document["asked"])
     refuse_busy(folder)
     begun = found_start(folder, Path(start) if start else None, asked, how.arch)
-    engine = how.engine or engine_of(document)
+    engine = how.engine or engine_like(document["engine"])
     session, different = again(folder, asked, begun, how, engine, on_progress)
     if different:
         on_progress(Note(f"warning: not exact: {'; '.join(different)}"))

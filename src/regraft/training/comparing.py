@@ -1,6 +1,5 @@
 """A comparison on disk: what was asked of it, and the arms that are done, to go on with."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from regraft.changing import replace_files
 from regraft.documents import (
     json_content,
     parse_json,
-    parse_json_lines,
-    read_sealed,
     sealed_content,
     sha256_of_file,
     to_json_lines,
@@ -27,17 +24,10 @@ from regraft.evaluation.testing import labelled, tabulate
 from regraft.manifests import read_verified, verify_manifest
 from regraft.models.classifier import WEIGHTS, final_folder
 from regraft.progress import Note
-from regraft.run import PLACE
+from regraft.run import PLACE, Run
 from regraft.storage import Content, Store, make_folder, write_file
 from regraft.tensors import MOST_BYTES, packed, unpacked
-from regraft.training.contract import (
-    contract,
-    found_again,
-    place,
-    refuse_changed_data,
-    refuse_other_conditions,
-    without_excluded,
-)
+from regraft.training.contract import contract, place, refuse_other_conditions, same_data
 from regraft.training.plan import Plan
 from regraft.training.recipe import Recipe
 from regraft.training.resuming import Resumption
@@ -123,18 +113,13 @@ def asked_before(folder: Path) -> dict[str, Any]:
     return document
 
 
-def engine_of(document: Mapping[str, Any]) -> Engine:
-    kept = document["engine"]
-    return Engine(kept["device"], kept["precision"], compiles=kept["compiled"])
-
-
 def found_start(folder: Path, start: Path | None, asked: Asked, arch: str | None) -> Start:
     """Returns the start of a comparison, where it lay or now lies.
 
     Raises:
         ArtefactError: It is not there, or is another.
     """
-    kept = read_sealed(folder / PLACE) if (folder / PLACE).is_file() else {}
+    kept = Run(folder).place
     chosen = start or Path(kept.get("start", ""))
     if (not kept.get("start") and start is None) or not chosen.exists():
         raise ArtefactError(
@@ -160,15 +145,9 @@ def again(
         DataError: The images are others.
     """
     then = asked_before(folder)["contract"]
-    different = refuse_other_conditions(
-        then, contract(engine), allow=how.allow_inexact, what=f"`{folder}`"
-    )
-    kept = read_sealed(folder / PLACE) if (folder / PLACE).is_file() else {}
-    dataset = found_again(kept, how.data, str(folder))
-    path = folder / "samples.jsonl"
-    before = parse_json_lines(read_verified(folder, path.name), path)
-    refuse_changed_data(before, dataset)
-    dataset = without_excluded(dataset, before)
+    different = refuse_other_conditions(then, engine, allow=how.allow_inexact, what=f"`{folder}`")
+    kept = Run(folder)  # of which a comparison has these files
+    dataset = same_data(kept.place, kept.samples(), how.data, str(folder))
     session = Session.prepare(dataset, begun.inputs(asked.recipe, dataset), engine, told)
     return session.pooled(asked.recipe), different
 

@@ -33,15 +33,20 @@ def contract(engine: Engine) -> dict[str, Any]:
     }
 
 
+def engine_like(kept: Mapping[str, Any]) -> Engine:
+    """Returns an engine like the one that described itself so."""
+    return Engine(kept["device"], kept["precision"], compiles=kept["compiled"])
+
+
 def refuse_other_conditions(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, allow: bool, what: str
+    before: Mapping[str, Any], engine: Engine, *, allow: bool, what: str
 ) -> list[str]:
-    """Returns what differs, where that is allowed.
+    """Returns what differs from an earlier contract, where that is allowed.
 
     Raises:
         ArtefactError: Something does, and is not.
     """
-    then, here = _flat(before), _flat(now)
+    then, here = _flat(before), _flat(contract(engine))
     different = [
         f"{key}: {_shown(then.get(key))} then, {_shown(here.get(key))} now"
         for key in sorted(then.keys() | here.keys())
@@ -91,17 +96,26 @@ def place(dataset: Dataset) -> dict[str, Any]:
     return {"data": str(dataset.root.resolve()), "options": options}
 
 
-def found_again(kept: Mapping[str, Any], data: Path | None, what: str) -> Dataset:
-    """Opens the dataset of an earlier command.
+def same_data(
+    kept: Mapping[str, Any], before: Sequence[Mapping[str, Any]], data: Path | None, what: str
+) -> Dataset:
+    """Returns the dataset of an earlier command, without the images that were left out then.
 
     Args:
         kept: What `place` gave.
+        before: Lines of its samples.jsonl.
         data: Where it lies now; None: where it lay.
         what: `RUN`, for the hint.
 
     Raises:
-        DataError: It is not there.
+        DataError: It is not there, or has changed.
     """
+    dataset = _found_again(kept, data, what)
+    _refuse_changed_data(before, dataset)
+    return _without_excluded(dataset, before)
+
+
+def _found_again(kept: Mapping[str, Any], data: Path | None, what: str) -> Dataset:
     folder = data or (Path(kept["data"]) if "data" in kept else None)
     if folder is None or not folder.exists():
         told = f"is not in `{folder}` any more" if folder else "is not known to lie anywhere"
@@ -116,16 +130,8 @@ def found_again(kept: Mapping[str, Any], data: Path | None, what: str) -> Datase
     return Dataset.open(folder, DataOptions(**options | tuples))
 
 
-def refuse_changed_data(before: Sequence[Mapping[str, Any]], dataset: Dataset) -> None:
-    """Refuses images that are not those of an earlier command.
-
-    Args:
-        before: Lines of its samples.jsonl.
-        dataset: As found now.
-
-    Raises:
-        DataError: Some are gone, others are new, or have another content, class or split.
-    """
+def _refuse_changed_data(before: Sequence[Mapping[str, Any]], dataset: Dataset) -> None:
+    """Refuses images that are gone, new, or of another content, class or group."""
     then = {line["path"]: line for line in before if "sha256" in line}
     out = {line["path"] for line in before if "sha256" not in line}
     now = {sample.path: labelled(sample) for sample in dataset.samples}
@@ -150,8 +156,7 @@ def refuse_changed_data(before: Sequence[Mapping[str, Any]], dataset: Dataset) -
         )
 
 
-def without_excluded(dataset: Dataset, before: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Returns the dataset without the images that were left out then, for whatever reason."""
+def _without_excluded(dataset: Dataset, before: Sequence[Mapping[str, Any]]) -> Dataset:
     reasons = {line["path"]: str(line["excluded"]) for line in before if "excluded" in line}
     out = [
         (sample, UnreadableImage("excluded", reasons[sample.path]))

@@ -13,12 +13,10 @@ from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress
 from regraft.run import FINISHED, RUNNING, Run
 from regraft.training.contract import (
-    contract,
-    found_again,
-    refuse_changed_data,
+    engine_like,
     refuse_other_conditions,
     refuse_other_splits,
-    without_excluded,
+    same_data,
 )
 from regraft.training.keeping import Trained
 from regraft.training.plan import Plan
@@ -48,20 +46,12 @@ class Resumption:
         Raises:
             DataError: It has changed, or is not found.
         """
-        dataset = found_again(run.place, self.data, str(run.folder))
-        refuse_changed_data(run.samples(), dataset)
-        dataset = without_excluded(dataset, run.samples())
+        dataset = same_data(run.place, run.samples(), self.data, str(run.folder))
         inputs = InputSpec.from_dict(run.record["inputs"])
         session = Session.prepare(dataset, inputs, engine, on_progress)
         session = session.pooled(Recipe.model_validate(run.record["recipe"]))
         refuse_other_splits(run, session.dataset)
         return session
-
-
-def engine_of(run: Run) -> Engine:
-    """Returns an engine like that of the start."""
-    kept = run.record["engine"]
-    return Engine(kept["device"], kept["precision"], compiles=kept["compiled"])
 
 
 def resume_run(
@@ -82,7 +72,7 @@ def resume_run(
     """
     if run.status["state"] == FINISHED:
         return None
-    engine = session.engine if session else asked.engine or engine_of(run)
+    engine = session.engine if session else asked.engine or engine_like(run.record["engine"])
     recipe = Recipe.model_validate(run.record["recipe"])
     different = _checked(run, engine, asked)
     session = session or asked.session(run, engine, on_progress)
@@ -134,7 +124,7 @@ def _checked(run: Run, engine: Engine, asked: Resumption) -> list[str]:
             hint="name its code once more: `--arch file.py:factory`",
         )
     return refuse_other_conditions(
-        record["contract"], contract(engine), allow=asked.allow_inexact, what=f"`{run.folder}`"
+        record["contract"], engine, allow=asked.allow_inexact, what=f"`{run.folder}`"
     )
 
 
