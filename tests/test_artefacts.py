@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from regraft import api, cli
-from regraft.changing import replace_files, write_manifest
+from regraft.changing import replace_files
 from regraft.documents import MOST_DEPTH, read_json, sha256_of, to_json
 from regraft.errors import ArtefactError
 from regraft.manifests import verify_manifest
@@ -28,6 +28,7 @@ from regraft.run import Run
 from regraft.storage import Store
 from regraft.tensors import packed
 from regraft.training.recipe import Recipe
+from signing import sign
 
 ARCH = "test_resnet"  # of timm: half a million values
 MOST_S = 2.0
@@ -490,7 +491,7 @@ def test_a_malicious_classifier_is_refused_and_nothing_else_happens(
     ATTACKS[name](folder)
     if name in SIGNED and (folder / "model.safetensors").is_file():
         names = ["model.safetensors", "model.json"]
-        write_manifest(folder, [n for n in names if (folder / n).is_file() and "zero" not in name])
+        sign(folder, [n for n in names if (folder / n).is_file() and "zero" not in name])
     outside.append(trap)
     for use in (Classifier.load, api.verify):
         if use is api.verify and name.startswith("model: arch"):
@@ -521,7 +522,7 @@ def test_the_trap_catches(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fault("I4")
 def test_weights_of_another_network_say_what_differs_first(folder: Path) -> None:
     state(lambda t: t.update({"head.weight": torch.zeros(3, t["head.weight"].shape[1])}))(folder)
-    write_manifest(folder, [f.name for f in folder.iterdir() if f.name != "manifest.json"])
+    sign(folder)
     with pytest.raises(ArtefactError) as refused:
         Classifier.load(folder)
     assert "1 tensor differs" in str(refused.value)
@@ -531,7 +532,7 @@ def test_weights_of_another_network_say_what_differs_first(folder: Path) -> None
 @pytest.mark.fault("I6")
 def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
     state(lambda t: t["head.bias"].fill_(float("nan")))(folder)
-    write_manifest(folder, [f.name for f in folder.iterdir() if f.name != "manifest.json"])
+    sign(folder)
     with pytest.raises(ArtefactError, match=r"not finite in `head\.bias`"):
         Classifier.load(folder)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regraft.changing import write_manifest
 from regraft.errors import ArtefactError, UsageError
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.models.weights import transplant
+from signing import sign
 
 RGB = InputSpec((32, 32), 3, 8, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 GREY = InputSpec((32, 32), 1, 8, (0.5,), (0.2,))
@@ -234,7 +234,7 @@ def test_a_damaged_classifier_is_refused(
     Classifier(Backbone.create(SMALL, RGB), ("a", "b")).save(tmp_path)
     damage(tmp_path)
     if resign:  # as an attacker would: the hashes fit again
-        write_manifest(tmp_path, ["model.safetensors", "model.json"])
+        sign(tmp_path)
     with pytest.raises(ArtefactError) as refused:
         Classifier.load(tmp_path)
     assert text.replace("`manifest.json` is", "manifest.json` is") in str(refused.value)
@@ -245,7 +245,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     state["head.bias"][0] = float("nan")
     save_file(state, tmp_path / "model.safetensors")
-    write_manifest(tmp_path, ["model.safetensors", "model.json"])
+    sign(tmp_path)
     with pytest.raises(ArtefactError, match="not finite"):
         Classifier.load(tmp_path)
 

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from regraft import api, cli
-from regraft.changing import write_manifest
 from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.engine import Engine
@@ -28,6 +27,7 @@ from regraft.models.classifier import Classifier
 from regraft.models.doubt import Doubt, distances, unit
 from regraft.run import Run
 from regraft.training.recipe import Recipe
+from signing import sign
 
 MakeShapes = Callable[..., Path]
 
@@ -102,7 +102,7 @@ def test_a_model_knows_when_it_is_unsure_and_keeps_it_in_its_folder(
     shutil.copytree(run / "final", copy)
     document = json.loads((copy / "doubt.json").read_text())
     (copy / "doubt.json").write_text(json.dumps({**document, "neighbours": "many"}))
-    write_manifest(copy, sorted(names - {"manifest.json"}))
+    sign(copy)
     with pytest.raises(ArtefactError, match=r"doubt.json` does not fit its classifier"):
         Classifier.load(copy)
 

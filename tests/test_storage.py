@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from regraft.changing import append_json_line, write_manifest
+from regraft.changing import append_json_line
 from regraft.documents import read_json, read_json_lines, sha256_of_file, to_json
 from regraft.errors import ArtefactError, EnvironmentFault
 from regraft.manifests import verify_manifest
-from regraft.storage import committed, committed_folder, write_bytes, write_json, write_text
+from regraft.storage import committed, committed_folder, write_file, write_json
+from signing import sign
 
 
 def names(folder: Path) -> list[str]:
@@ -31,7 +32,7 @@ def fill_half(path: Path, error: Exception) -> None:
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", "old")
+    write_file(tmp_path / "a.txt", b"old")
     with pytest.raises(RuntimeError, match="half-way"):
         write_half(tmp_path / "a.txt", RuntimeError("half-way"))
     assert (tmp_path / "a.txt").read_text() == "old"
@@ -48,7 +49,7 @@ def test_nothing_stands_under_the_name_before_the_write_is_whole(tmp_path: Path)
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
 def test_a_full_or_forbidden_disk_is_told_as_such(tmp_path: Path, number: int) -> None:
-    write_text(tmp_path / "a.txt", "old")
+    write_file(tmp_path / "a.txt", b"old")
     with pytest.raises(EnvironmentFault) as caught:
         write_half(tmp_path / "a.txt", OSError(number, os.strerror(number)))
     assert f"a.txt` cannot be written: {os.strerror(number)}" in str(caught.value)
@@ -97,9 +98,9 @@ def test_the_first_of_two_folders_under_one_name_stays(tmp_path: Path) -> None:
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
     """A folder of two files under a manifest."""
-    write_bytes(tmp_path / "model.safetensors", b"0123456789")
+    write_file(tmp_path / "model.safetensors", b"0123456789")
     write_json(tmp_path / "model.json", {"classes": ["a", "b"]})
-    write_manifest(tmp_path, ["model.safetensors", "model.json"])
+    sign(tmp_path)
     verify_manifest(tmp_path)
     return tmp_path
 

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from regraft.documents import (
     cut_off,
     parse_json_lines,
     read_regular,
-    sha256_of_file,
     to_json,
 )
 from regraft.errors import ArtefactError
@@ -54,15 +52,6 @@ def replace_files(
         _write_manifest(folder, entries)
 
 
-def write_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Commits the size and sha256 of files that are all there already."""
-    entries = {
-        plain_name(name): Entry((folder / name).stat().st_size, sha256_of_file(folder / name))
-        for name in names
-    }
-    _write_manifest(folder, entries)
-
-
 def _settled(folder: Path) -> dict[str, Entry]:
     """Returns the entries, those of a replacement that was cut off as their files are now."""
     if not (folder / MANIFEST).is_file():
@@ -85,8 +74,7 @@ def _write_manifest(folder: Path, entries: dict[str, Entry]) -> None:
 
 
 def _log_entry(path: Path, size: int | None, grow: bool) -> Entry:
-    content = path.read_bytes()[:size]
-    return Entry(len(content), hashlib.sha256(content).hexdigest(), grows=grow)
+    return dataclasses.replace(entry_of(path.read_bytes()[:size]), grows=grow)
 
 
 def write_listed(path: Path, content: bytes) -> None:

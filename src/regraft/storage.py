@@ -66,15 +66,6 @@ def committed(path: Path) -> Iterator[Path]:
         _appear(temporary, path, kind)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Commits `text` (UTF-8; names that are no valid Unicode keep their bytes)."""
-    write_file(path, text.encode("utf-8", "surrogateescape"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    write_file(path, content)
-
-
 def write_json(path: Path, document: Any) -> None:
     """Commits a JSON document: strict (no NaN), sorted by nothing, indented for people."""
     write_file(path, json_content(document))

@@ -17,7 +17,7 @@ from regraft.errors import EnvironmentFault, UsageError
 from regraft.evaluation.evidence import Evidence
 from regraft.models.classifier import Classifier
 from regraft.run import Run, refuse_existing
-from regraft.storage import make_folder, write_bytes, write_file
+from regraft.storage import make_folder, write_file
 
 OPSET = 20  # of ONNX; read by onnxruntime 1.17 (2024) and later
 ONNX_BYTES = 2**31  # protobuf's limit of one file
@@ -52,7 +52,7 @@ def export_classifier(
         content = make(Deployed(classifier), _metadata(classifier, license_))
         agreement = compared(classifier, evidence, load(content), to)
     card = model_card(classifier, run, to, agreement.told(), license_, out.name)
-    write_bytes(beside, card.encode("utf-8"))
+    write_file(beside, card.encode("utf-8"))
     write_file(out, content)
     return agreement
 

@@ -26,7 +26,7 @@ from regraft.evaluation.evidence import Evidence
 from regraft.models.backbone import VARIANTS, is_own, load_timm_folder, whole_network
 from regraft.models.classifier import WEIGHTS, Classifier
 from regraft.run import Run
-from regraft.storage import committed_folder, write_bytes, write_file
+from regraft.storage import committed_folder, write_file
 from regraft.tensors import packed
 
 # Where timm's network of the name takes a class token, or has a norm behind its means: options that
@@ -57,11 +57,11 @@ def write_timm_folder(
 
     with committed_folder(out) as folder:
         write_file(folder / WEIGHTS, packed(network.state_dict()))
-        write_bytes(folder / "config.json", json_content(config))
+        write_file(folder / "config.json", json_content(config))
         with quiet_exporters():
             agreement = compared(classifier, evidence, outputs(folder), "timm")
         card = model_card(classifier, run, "timm", agreement.told(), license_, out.name)
-        write_bytes(folder / "README.md", card.encode("utf-8"))
+        write_file(folder / "README.md", card.encode("utf-8"))
     return agreement
 
 

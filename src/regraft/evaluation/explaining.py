@@ -8,7 +8,7 @@ from regraft.evaluation.explain import explain_files
 from regraft.evaluation.rows import rows_to_csv
 from regraft.models.classifier import Classifier
 from regraft.progress import OnProgress, counting
-from regraft.storage import committed_folder, make_folder, write_bytes
+from regraft.storage import committed_folder, make_folder, write_file
 
 TABLE = "explained.csv"
 HEAD = ("picture", "path", "class", "probability", "error")
@@ -38,8 +38,8 @@ def write_explanations(
                 rows.append(("", place, "", "", str(one)))
                 continue
             name = f"{number:0{digits}d}.png"
-            write_bytes(folder / name, encode_png(one.picture(scale)))
+            write_file(folder / name, encode_png(one.picture(scale)))
             rows.append((name, place, one.label, f"{one.probability:.6f}", ""))
         table = rows_to_csv(HEAD, rows)
-        write_bytes(folder / TABLE, table.encode("utf-8", "surrogateescape"))
+        write_file(folder / TABLE, table.encode("utf-8", "surrogateescape"))
     return len(files) - len(broken), broken

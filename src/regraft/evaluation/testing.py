@@ -25,7 +25,7 @@ from regraft.evaluation.predictions import Predictions, eval_batch, infer, softm
 from regraft.evaluation.rows import to_csv
 from regraft.models.classifier import Classifier
 from regraft.run import Run
-from regraft.storage import committed_folder, remove_leftovers, write_bytes
+from regraft.storage import committed_folder, remove_leftovers, write_file
 
 NUM_MISTAKES = 24  # thumbnails kept for the report
 THUMBNAIL_PX = 128
@@ -189,9 +189,9 @@ def _write_mistakes(
     step = max(1, max(images.shape[1:3]) // THUMBNAIL_PX)
     for number, heat in enumerate(heat_of(classifier, images, predicted)):
         small, evidence = images[number][::step, ::step], heat[::step, ::step]
-        write_bytes(folder / f"{number:03d}.png", encode_png(small, scale))
+        write_file(folder / f"{number:03d}.png", encode_png(small, scale))
         shown = encode_png(overlay(small, evidence, scale))
-        write_bytes(folder / f"{number:03d}-evidence.png", shown)
+        write_file(folder / f"{number:03d}-evidence.png", shown)
 
 
 def _mistake(predictions: Predictions, position: int) -> dict[str, Any]:
