@@ -411,7 +411,9 @@ def test_progress_is_told_in_records(make_shapes: MakeShapes, tmp_path: Path) ->
     epochs = [record for record in told if isinstance(record, Epoch)]
     texts = [record.text for record in told if hasattr(record, "text")]
     assert len(epochs) == 2
-    assert any(re.match(r"time: about [\d.]+ s for 2 epochs at 32x32 px on", text) for text in texts)
+    assert any(
+        re.match(r"time: about [\d.]+ s for 2 epochs at 32x32 px on", text) for text in texts
+    )
     first_step = next(i for i, record in enumerate(told) if isinstance(record, Step))
     assert any(hasattr(r, "text") and r.text.startswith("time:") for r in told[:first_step])
 
