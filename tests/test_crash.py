@@ -28,6 +28,7 @@ from regraft.storage import (
     committed_folder,
     is_whole,
     remove_leftovers,
+    write_file,
     write_json,
 )
 from regraft.training.recipe import Recipe
@@ -279,6 +280,23 @@ def test_a_file_system_without_locks_is_told(
     with pytest.raises(EnvironmentFault, match="cannot be locked") as told, writing(tmp_path):
         pass
     assert "put the run on a local disk" in told.value.hint
+    with pytest.raises(EnvironmentFault, match=r"predictions\.csv` cannot be written: No locks"):
+        write_file(tmp_path / "predictions.csv", b"")
+    assert names(tmp_path) == {LOCK}
+
+
+def test_a_folder_that_the_machine_keeps_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        Store(tmp_path).commit(number, {"a": b"1"})
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(disk, "rename", refuse)
+    with pytest.raises(EnvironmentFault, match="000001` cannot be written: Permission denied"):
+        Store(tmp_path).prune(keep=1)
 
 
 @pytest.mark.fault("H3")

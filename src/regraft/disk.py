@@ -17,10 +17,12 @@ from regraft.errors import EnvironmentFault
 
 HINT = "check the place, its permissions and the free space; what was committed before is intact"
 LEAST_FREE_BYTES = 16 * 2**20  # for manifests, logs and folders; assumed
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system says that has no locks."""
 REFUSALS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
     errno.EXDEV, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-    errno.ENAMETOOLONG, errno.EBUSY, errno.ESTALE,
+    errno.ENAMETOOLONG, errno.EBUSY, errno.ESTALE, *NO_LOCKS,
 })  # fmt: skip
 """Where the machine refuses, rather than we make a mistake."""
 

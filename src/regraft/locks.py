@@ -1,6 +1,5 @@
 """One writer for each Run: a lock that the kernel frees when its holder dies, however it dies."""
 
-import errno
 import fcntl
 import json
 import os
@@ -74,7 +73,7 @@ def _take(descriptor: int, path: Path) -> None:
             hint="wait for it to end, or choose another folder; reading is possible meanwhile",
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in disk.NO_LOCKS:
             raise
         raise EnvironmentFault(
             f"`{path}` cannot be locked: {error.strerror}",

@@ -82,16 +82,19 @@ def _temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
             yield temporary, descriptor
         finally:
             os.close(descriptor)
-            disk.remove(temporary)
 
 
 @contextmanager
 def _held_new(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Makes something under a temporary name, and holds it: what is not held is a leftover."""
+    """Makes something under a temporary name, and holds it: what is not held is a leftover.
+
+    It goes in the end, unless it has got another name.
+    """
     with ExitStack() as stack:
         for _ in range(HOLDING_ATTEMPTS):
             temporary = _temporary_name(path)
             make(temporary)
+            stack.callback(_remove, temporary)
             try:
                 stack.enter_context(disk.held(temporary))
             except FileNotFoundError:  # taken for a leftover before it was held: another name
@@ -99,6 +102,10 @@ def _held_new(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             yield temporary
             return
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def _remove(path: Path) -> None:
+    disk.remove_folder(path) if path.is_dir() else disk.remove(path)
 
 
 def _temporary_name(path: Path) -> Path:
@@ -224,10 +231,7 @@ def _temporary_folder(path: Path, kind: str) -> Iterator[Path]:
     faults.failpoint(f"{kind}.begun")
     with _held_new(path, disk.make_one_folder) as temporary:
         faults.failpoint(f"{kind}.created")
-        try:
-            yield temporary
-        finally:
-            disk.remove_folder(temporary)
+        yield temporary
 
 
 def _seal(
@@ -250,13 +254,18 @@ def _seal(
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a committed folder: at once for everyone who looks for it."""
+    """Removes a committed folder: at once for everyone who looks for it.
+
+    Raises:
+        EnvironmentFault: The machine refuses.
+    """
     temporary = _temporary_name(path)
-    try:
-        disk.rename(path, temporary)
-    except FileNotFoundError:  # as it should be
-        return
-    disk.remove_folder(temporary)
+    with disk.told(path):
+        try:
+            disk.rename(path, temporary)
+        except FileNotFoundError:  # as it should be
+            return
+        disk.remove_folder(temporary)
 
 
 def remove_file(path: Path) -> None:
@@ -269,7 +278,7 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         with disk.held_if_free(path) as is_leftover:
             if is_leftover:
-                disk.remove_folder(path) if path.is_dir() else disk.remove(path)
+                _remove(path)
 
 
 def _size(content: Content) -> int:
@@ -324,8 +333,7 @@ class Store:
             EnvironmentFault: The machine refuses; earlier steps are as they were.
         """
         path = self.path(number)
-        with disk.told(path):
-            remove_folder(path)
+        remove_folder(path)
         write_folder(path, contents, self.kind)
 
     def recover(self) -> tuple[Step | None, list[str]]:
