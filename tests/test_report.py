@@ -83,8 +83,8 @@ def write(path: Path, document: Any) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Lets the manifest vouch for the files as they are, as that of a Run does."""
-    if (folder / "run.json").is_file():
+    """Lets the manifest vouch for the files as they are, as that of a Run or comparison does."""
+    if any((folder / name).is_file() for name in ("run.json", "comparison.json")):
         sign(folder)
 
 
@@ -546,6 +546,19 @@ def test_a_file_that_lacks_something_is_an_error_and_leaves_no_page(tmp_path: Pa
         write(run / "evaluation.json", document)
         with pytest.raises(ArtefactError, match=missing):
             write_report([run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.fault("I2")
+@pytest.mark.parametrize(
+    "name", ["comparison.json", "transfer-0/evaluation.json", "transfer-0/times.jsonl"]
+)
+def test_a_number_that_was_edited_is_never_shown(tmp_path: Path, name: str) -> None:
+    comparison = make_comparison(tmp_path / "c")
+    text = (comparison / name).read_text()
+    (comparison / name).write_text(text.replace("0", "1", 1))
+    with pytest.raises(ArtefactError, match="is damaged or was changed"):
+        write_report([comparison], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 

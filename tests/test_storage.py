@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from regraft.changing import append_json_line
-from regraft.documents import read_json, read_json_lines, sha256_of_file, to_json
+from regraft.changing import append_json_line, read_log
+from regraft.documents import read_json, sha256_of_file, to_json
 from regraft.errors import ArtefactError, EnvironmentFault
 from regraft.manifests import verify_manifest
 from regraft.storage import committed, committed_folder, write_file, write_json
@@ -175,11 +175,11 @@ def test_json_that_cannot_be_read_names_its_file(
 
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert read_json_lines(path) == []
+    assert read_log(path) == []
     append_json_line(path, {"epoch": 1})
     append_json_line(path, {"epoch": 2})
     path.write_bytes(path.read_bytes()[:-3])
-    assert read_json_lines(path) == [{"epoch": 1}]
+    assert read_log(path) == [{"epoch": 1}]
 
 
 def test_a_line_after_one_that_was_cut_off_is_kept(tmp_path: Path) -> None:
@@ -188,4 +188,4 @@ def test_a_line_after_one_that_was_cut_off_is_kept(tmp_path: Path) -> None:
     append_json_line(path, {"epoch": 2})
     path.write_bytes(path.read_bytes()[:-3])
     append_json_line(path, {"epoch": 2})
-    assert read_json_lines(path) == [{"epoch": 1}, {"epoch": 2}]
+    assert read_log(path) == [{"epoch": 1}, {"epoch": 2}]

@@ -12,6 +12,7 @@ import numpy as np
 from regraft import api
 from regraft.data.decode import encode_png
 from regraft.documents import read_json
+from regraft.manifests import read_document
 from regraft.progress import Note, OnProgress
 from regraft.run import refuse_existing
 from regraft.storage import make_folder, write_file, write_json
@@ -52,7 +53,7 @@ def resume_story(out: Path, on_progress: OnProgress) -> dict[str, Any]:
         api.pretrain(source, out=first, arch=ARCH, recipe=recipe, on_progress=on_progress)
     if (verdict / "asked.json").is_file():
         api.resume(verdict, on_progress=on_progress)
-        comparison: dict[str, Any] = read_json(verdict / "comparison.json")
+        comparison: dict[str, Any] = read_document(verdict, "comparison.json")
         return comparison
     found = api.evaluate(first, source, on_progress=on_progress)["accuracy"]["value"]
     on_progress(Note(f"   test accuracy on ten digits: {found:.3f}"))

@@ -163,19 +163,6 @@ def cut_off(content: bytes) -> bytes:
     return last
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Returns the documents; none if the file does not exist yet.
-
-    A last line without its newline is an append that was cut off, and is left out.
-
-    Raises:
-        ArtefactError: Another line is not JSON.
-    """
-    if not path.exists():
-        return []
-    return parse_json_lines(read_regular(path, MOST_JSON_BYTES), path)
-
-
 def parse_json_lines(content: bytes, path: Path) -> list[Any]:
     documents = []
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):

@@ -176,6 +176,15 @@ def read_verified(folder: Path, name: str, most: int = MOST_JSON_BYTES) -> bytes
                 raise
 
 
+def read_document(folder: Path, name: str) -> Any:
+    """Returns a JSON document that the manifest vouches for.
+
+    Raises:
+        ArtefactError: As `read_verified`, or it is not JSON.
+    """
+    return parse_json(read_verified(folder, name), folder / name)
+
+
 def _damaged(folder: Path, problems: Sequence[str]) -> ArtefactError:
     return ArtefactError(
         f"`{folder}` is damaged or was changed",

@@ -13,14 +13,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 from regraft.changing import append_json_line, read_log, replace_files
 from regraft.documents import (
     json_content,
-    parse_json,
     parse_json_lines,
     read_sealed,
     sha256_of,
     to_json_lines,
 )
 from regraft.errors import ArtefactError, UsageError, shorten
-from regraft.manifests import MANIFEST, read_verified
+from regraft.manifests import MANIFEST, read_document, read_verified
 from regraft.storage import Content, Store, make_folder, remove_file, remove_folder
 
 SCHEMA = 1
@@ -169,8 +168,10 @@ class Run:
         replace_files(self.folder, status, LOGS, grow=state != FINISHED)
 
     def _document(self, name: str) -> dict[str, Any]:
-        content = read_verified(self.folder, name)
-        return parse_json(content, self.folder / name)  # type: ignore[no-any-return]
+        return read_document(self.folder, name)  # type: ignore[no-any-return]
+
+    def _document_if_there(self, name: str) -> dict[str, Any] | None:
+        return self._document(name) if (self.folder / name).is_file() else None
 
     def samples(self) -> list[dict[str, Any]]:
         """Every image of the dataset: path, sha256, class, split, group; or path and `excluded`."""
@@ -226,11 +227,15 @@ class Run:
 
     def plan(self) -> dict[str, Any] | None:
         """What a search had planned; None where nothing was searched for."""
-        return self._document("plan.json") if (self.folder / "plan.json").is_file() else None
+        return self._document_if_there("plan.json")
 
     def winner(self) -> dict[str, Any] | None:
         """The plan of the winner of a search; None before it is known."""
-        return self._document("winner.json") if (self.folder / "winner.json").is_file() else None
+        return self._document_if_there("winner.json")
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What `evaluate` has found; None before it was called."""
+        return self._document_if_there("evaluation.json")
 
     @property
     def seconds(self) -> float | None:

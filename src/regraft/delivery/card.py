@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from regraft.documents import read_json
 from regraft.errors import count
+from regraft.manifests import read_document
 from regraft.models.classifier import Classifier
 from regraft.run import Run, elsewhere
 
@@ -66,7 +66,7 @@ def model_card(
         license_: Of the weights, as Hugging Face names it.
         name: Of the exported file or folder.
     """
-    evaluation = _document(run, "evaluation.json")
+    evaluation = _evaluation(run)
     inputs = classifier.inputs
     height, width = inputs.size
     use = USES[form].format(name=name, channels=inputs.channels, height=height, width=width)
@@ -159,7 +159,7 @@ def _verdict(run: Run | None) -> str:
         return ""
     if not run.folder.resolve().name.startswith(("transfer-", "scratch-")):
         return ""
-    found = read_json(place)
+    found = read_document(place.parent, place.name)
     ends = [found["low"], found["high"]]
     interval = " to ".join("unknown" if end is None else f"{end:+.3f}" for end in ends)
     return (
@@ -169,12 +169,10 @@ def _verdict(run: Run | None) -> str:
     )
 
 
-def _document(run: Run | None, name: str) -> Any:
-    path = None if run is None else run.folder / name
-    if run is None or path is None or not path.is_file():
-        return None
-    found = read_json(path)
-    return found if found.get("run") == run.record["id"] else None
+def _evaluation(run: Run | None) -> dict[str, Any] | None:
+    """Returns what `evaluate` has found of this Run, if it did."""
+    found = None if run is None else run.evaluation()
+    return found if run and found and found.get("run") == run.record["id"] else None
 
 
 def _name(classifier: Classifier, run: Run | None) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft.changing import write_listed
+from regraft.changing import read_log, write_listed
 from regraft.delivery.figures import Series, arms, curves, label_efficiency, paired_differences
 from regraft.delivery.pages import placeless, rendered
-from regraft.documents import read_json, read_json_lines
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.evaluation.compare import LEAST_SEEDS
+from regraft.manifests import read_document
 from regraft.progress import duration
 from regraft.run import FAILED, FINISHED, INTERRUPTED, RUNNING, SCHEMA, Run
 from regraft.storage import make_folder
@@ -111,7 +111,7 @@ def _section(folder: Path) -> dict[str, Any]:
 
 
 def _comparison(folder: Path) -> dict[str, Any]:
-    comparison = read_json(folder / "comparison.json")
+    comparison = read_document(folder, "comparison.json")
     if comparison.get("schema") != SCHEMA:
         raise ArtefactError(
             f"`{folder}` has schema {comparison.get('schema')}; this version reads {SCHEMA}",
@@ -168,7 +168,7 @@ def _notices(run: Run) -> list[str]:
     if allowed := run.record["data"]["options"].get("allow"):
         notices.append(f"{name}: findings in the data were allowed by name: {', '.join(allowed)}")
     notices += _inexact(run.folder)
-    evaluation = _evaluation(run)
+    evaluation = run.evaluation()
     if evaluation and evaluation["run"] != run.record["id"]:
         notices.append(f"{name}: its evaluation.json belongs to another run, {evaluation['run']}")
     return notices
@@ -176,7 +176,7 @@ def _notices(run: Run) -> list[str]:
 
 def _inexact(folder: Path) -> list[str]:
     """Returns that a Run or comparison went on under other conditions, if it did."""
-    resumes = read_json_lines(folder / "resumes.jsonl")
+    resumes = read_log(folder / "resumes.jsonl")
     other = "; ".join(dict.fromkeys(each for resume in resumes for each in resume["inexact"]))
     told = f"{folder.resolve().name}: not bit-reproducible, it went on under other conditions: "
     return [told + other] if other else []
@@ -187,13 +187,8 @@ def _status(run: Run) -> dict[str, Any]:
     return run.status if (run.folder / "status.json").is_file() else {"state": RUNNING}
 
 
-def _evaluation(run: Run) -> Any:
-    path = run.folder / "evaluation.json"
-    return read_json(path) if path.is_file() else None
-
-
 def _about(run: Run) -> dict[str, Any]:
-    evaluation, times = _evaluation(run), read_json_lines(run.folder / "times.jsonl")
+    evaluation, times = run.evaluation(), read_log(run.folder / "times.jsonl")
     excluded = []
     if run.record["data"]["excluded"]:
         excluded = [sample for sample in run.samples() if "excluded" in sample][:MOST_NAMES]
@@ -217,16 +212,10 @@ def _about(run: Run) -> dict[str, Any]:
     }
 
 
-def _winner(run: Run) -> dict[str, Any] | None:
-    """Returns what a search has chosen to train in full: a plan of one candidate."""
-    path = run.folder / "winner.json"
-    return read_json(path) if path.is_file() else None
-
-
 def _recipe(run: Run) -> dict[str, Any]:
     """Returns the recipe as it was carried out: a search's winner stands for its phases."""
     recipe: dict[str, Any] = run.record["recipe"]
-    winner = _winner(run)
+    winner = run.winner()
     if winner is None:
         return recipe
     epochs = winner["epochs"]
@@ -249,7 +238,7 @@ def _best_epoch(run: Run) -> int | None:
     A search may keep a probe, a short trial or a blend of weights instead.
     """
     best: int | None = _status(run).get("best_epoch")
-    kept, winner = _kept(run), _winner(run)
+    kept, winner = _kept(run), run.winner()
     if kept is None:
         return best
     if winner is None or kept["share"] < 1 or kept["candidate"] != winner["candidates"][0]["name"]:
