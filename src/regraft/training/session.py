@@ -1,6 +1,6 @@
 """One training from data to a finished Run: prepare, train, write."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -282,18 +282,12 @@ class Session:
         paths = tuple(sample.path for sample in data.samples)
         return Material(self.cache.images, data.labels, *rows, groups, self.cache.key, paths)
 
-    def estimate(self, backbone: Backbone, recipes: Sequence[Recipe]) -> None:
-        """Tells how long these trainings will take, from a measured step."""
-        phases = [
-            phase
-            for recipe in recipes
-            for phase in recipe.phases
-            if phase.learns != "head" and recipe.search == "none"  # a plan tells its own time
-        ]
-        epochs = sum(int(phase.epochs) for phase in phases)
-        if not epochs:
+    def estimate(self, backbone: Backbone, recipe: Recipe) -> None:
+        """Tells how long a training will take, from a measured step; a search tells its plan."""
+        epochs = recipe.num_epochs
+        if recipe.search != "none" or not epochs:
             return
-        size, batch = self.inputs.size, int(recipes[0].batch_size)
+        size, batch = self.inputs.size, int(recipe.batch_size)
         self.engine.place(backbone)
         seconds = self.engine.seconds_per_image(backbone, self.inputs.channels, size, batch)
         total = seconds * epochs * len(self.dataset.rows("train")) / self.engine.shard[1]
