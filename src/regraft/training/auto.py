@@ -319,22 +319,19 @@ def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[Candidate
     In folds nothing is left to compare a full training with: where no candidate was better than the
     probe, the head alone wins.
     """
-    alive, found = list(plan.candidates), state.found
-    losses: dict[str, float] = {}
-    for share, number in plan.trials():
+    winner, found = plan.candidates[0], state.found
+    for share in plan.rungs:
         losses = {}
-        for candidate in alive[:number]:
+        for candidate in plan.candidates:
             trial = state.told(candidate.name, share)
             if trial is None:
                 trial = yield from _trial(state, plan, candidate, share)
-            losses[candidate.name] = inf if trial.loss is None else trial.loss
-        # What differs by less is equal, and the first is most often right.
-        tried = sorted(alive[:number], key=lambda each: round(losses[each.name], 3))
-        alive = [each for each in tried if losses[each.name] < inf] or tried[:1]
-    winner = alive[0]
-    is_better = bool(found) and round(min(losses.values()), 3) < round(state.probed, 3)
-    if plan.folds and plan.rungs and not is_better:
-        winner = winner.head or winner
+            # What differs by less is equal, and the first is most often right.
+            losses[candidate.name] = inf if trial.loss is None else round(trial.loss, 3)
+        winner = min(plan.candidates, key=lambda each: losses[each.name])
+        is_better = losses[winner.name] < round(state.probed, 3)
+        if plan.folds and not is_better:
+            winner = winner.head or winner
     labels_N = state.material.labels[state.material.judged]
     if plan.folds and winner.name in found and len(labels_N) >= LEAST_IMAGES:
         return winner, fit_temperature(found[winner.name], labels_N)
@@ -349,7 +346,7 @@ def _trial(
 ) -> Generator[Told, None, Trial]:
     """Trains a candidate on a short schedule; its held-out logits go into `state.found`."""
     material = state.material
-    recipe = state.recipe_of(candidate, max(1, round(share * plan.epochs)))
+    recipe = state.recipe_of(candidate, plan.epochs_of(share))
     judged = [(material, material.val_rows, np.arange(len(material.val_rows)))]
     if plan.folds:
         nobody = material.val_rows[:0]

@@ -1,7 +1,6 @@
 """Plan: what a search will try, and for how long; made once, repeatable, plain data."""
 
 from collections.abc import Iterator
-from math import ceil
 from typing import Literal
 
 import torch
@@ -32,6 +31,11 @@ class Candidate(BaseModel):
     phases: tuple[Phase, ...]
 
     @property
+    def is_head(self) -> bool:
+        """Whether a head is solved, and nothing else learns."""
+        return all(phase.learns == "head" for phase in self.phases)
+
+    @property
     def head(self) -> "Candidate | None":
         """The head alone, where the candidate begins with it."""
         first = self.phases[0]
@@ -43,7 +47,8 @@ class Plan(BaseModel):
 
     Attributes:
         folds: Parts of the training images that judge in turn; 0: the validation images judge.
-        rungs: Shares of the full schedule on which candidates are compared.
+        rungs: The share of the full schedule on which candidates are compared; empty: there is
+            nothing to compare.
         epochs: Of the full schedule; each phase that iterates has so many.
         steps_per_epoch: On all training images.
         seconds_per_step: Measured.
@@ -53,29 +58,24 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     candidates: tuple[Candidate, ...] = Field(min_length=1)
-    rungs: tuple[float, ...] = RUNGS
+    rungs: tuple[float, ...] = Field(RUNGS, max_length=1)
     folds: int = 0
     epochs: int
     steps_per_epoch: int
     seconds_per_step: float
     temperature: float | None = None
 
-    def trials(self) -> Iterator[tuple[float, int]]:
-        """Yields the share of the schedule and the number of candidates of each rung."""
-        number = len(self.candidates)
-        for share in self.rungs:
-            yield share, number
-            number = ceil(number / 2)
-
-    @property
-    def schedules(self) -> float:
-        """How many full schedules all of it takes, the winner's included."""
-        return 1 + max(1, self.folds) * sum(share * number for share, number in self.trials())
-
     @property
     def seconds(self) -> float:
-        """How long all of it takes."""
-        return self.schedules * self.epochs * self.steps_per_epoch * self.seconds_per_step
+        """How long all of it takes, the winner's full schedule included; a head has none."""
+        if self.candidates[0].is_head:
+            return 0.0
+        schedules = 1 + max(1, self.folds) * len(self.candidates) * sum(self.rungs)
+        return schedules * self.epochs * self.steps_per_epoch * self.seconds_per_step
+
+    def epochs_of(self, share: float) -> int:
+        """Returns the epochs of a share of the full schedule."""
+        return max(1, round(share * self.epochs))
 
     def within(self, seconds: float) -> "Plan":
         """Returns a plan that takes no longer: shorter schedules, then one candidate, then a head
@@ -110,13 +110,11 @@ class Plan(BaseModel):
             )
             bn = candidate.phases[-1].batch_norm
             lines.append(f"      {candidate.name:<8} {phases}; BatchNorm statistics {bn}")
-        rungs = ", ".join(
-            f"{number} for {max(1, round(share * self.epochs))} epochs"
-            for share, number in self.trials()
+        short = "".join(
+            f"{len(self.candidates)} for {self.epochs_of(share)} epochs, " for share in self.rungs
         )
-        rungs = f"{rungs}, " if rungs else ""
         lines.append(
-            f"      {rungs}the best for {self.epochs} epochs: about {duration(self.seconds)}"
+            f"      {short}the best for {self.epochs} epochs: about {duration(self.seconds)}"
         )
         return "\n".join(lines)
 
