@@ -20,7 +20,7 @@ from interruption import AFTER_S, Child, Stage, eager, newest, tree
 from regraft import api
 from regraft.errors import ArtefactError, BusyError, DataError, UsageError
 from regraft.locks import writing
-from regraft.progress import Note
+from regraft.progress import Note, duration
 from regraft.run import Run
 from regraft.signals import SAME_S
 from regraft.training import contract as conditions
@@ -387,6 +387,35 @@ def test_a_comparison_goes_on_with_the_arm_under_way(stage: Stage, tmp_path: Pat
         assert (out / "report.html").is_file() and not (out / "state").exists()
         for arm in ("transfer-0", "transfer-1", "scratch-0", "scratch-1"):
             assert tree(out / arm) == tree(tmp_path / "whole" / arm)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "lp-ft"])
+def test_a_comparison_tells_once_how_long_the_trainings_left_take(
+    stage: Stage, tmp_path: Path, strategy: str
+) -> None:
+    out, told = tmp_path / "compared", list[str]()
+
+    def noted(record: Any) -> None:
+        if isinstance(record, Note):
+            told.append(record.text)
+
+    recipe = Recipe.transfer(strategy).changed({"epochs": 3, "batch_size": 8})
+    api.compare(
+        stage.data("full"), out=out, start=stage.folder / "start", seeds=2, fractions=(0.5,),
+        arch=stage.arch, recipe=recipe, on_progress=noted,
+    )  # fmt: skip
+    first, *later = [number for number, text in enumerate(told) if text.startswith("time: ")]
+    assert later == []
+    tested = [text.split(":")[0] for text in told[:first] if ": test " in text]
+    assert tested == ["transfer seed 0", "scratch  seed 0"]
+    place, end = "time: about ", " for the 6 trainings left"
+    assert told[first].startswith(place) and told[first].endswith(end)
+    if strategy == "auto":
+        transfer, scratch = (
+            api.read_plan(out / arm / "winner.json").seconds for arm in ("transfer-0", "scratch-0")
+        )
+        total = sum((transfer, scratch, *[transfer / 2, scratch / 2] * 2))
+        assert told[first] == f"{place}{duration(total)}{end}"
 
 
 def test_a_comparison_under_other_conditions_says_so(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from regraft.errors import count
 from regraft.evaluation.compare import judge, summarise
 from regraft.evaluation.metrics import METRICS, point
 from regraft.evaluation.predictions import Predictions
@@ -15,7 +16,7 @@ from regraft.evaluation.savings import saved_images
 from regraft.evaluation.testing import predict_dataset, record_evaluation, tabulate
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
-from regraft.progress import Note, OnProgress
+from regraft.progress import Note, OnProgress, duration
 from regraft.run import Run
 from regraft.training.comparing import Asked, Done, Ledger
 from regraft.training.keeping import Trained
@@ -27,10 +28,17 @@ from regraft.training.resuming import Resumption, resume_run
 from regraft.training.session import Session
 from regraft.training.start import Start, transplant_table
 
+ARMS = ("transfer", "scratch")
+
 
 @dataclass
 class Arms:
-    """The trainings of a comparison; all of one arm go by the plan of its first seed."""
+    """The trainings of a comparison; all of one arm go by the plan of its first seed.
+
+    Attributes:
+        left: Arm and share of each training that is not done.
+        has_foretold: Whether it was told how long those will take.
+    """
 
     session: Session
     begun: Start
@@ -40,6 +48,8 @@ class Arms:
     plans: dict[str, Plan | None] = field(default_factory=dict)
     found: dict[str, list[Predictions]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    left: list[tuple[str, float]] = field(default_factory=list)
+    has_foretold: bool = False
     ledger: Ledger = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,10 +59,11 @@ class Arms:
         """Trains and tests what is not done yet; returns the comparison."""
         asked = self.asked
         seeds = range(asked.recipe.seed, asked.recipe.seed + asked.seeds)
-        for share in (1.0, *asked.shares[:-1]):
-            for seed in seeds:
-                self.run(seed, share)
-        return judged(self, asked.shares if len(asked.shares) > 1 else [])
+        trainings = [(share, seed) for share in (1.0, *asked.shares[:-1]) for seed in seeds]
+        self.left = [(arm, share) for share, _ in trainings for arm in ARMS]
+        for share, seed in trainings:
+            self.run(seed, share)
+        return _comparison(self, asked.shares if len(asked.shares) > 1 else [])
 
     def run(self, seed: int, share: float = 1.0) -> None:
         """Trains and tests both arms with one seed, on a share of the training images."""
@@ -87,6 +98,7 @@ class Arms:
         name = arm if recipe.train_share == 1 else f"{arm}@{recipe.train_share:g}"
         plan, done = self.plans.get(arm), self.ledger.next(name)
         if done is None:
+            self._foretell()
             trained = self._trained(
                 self.out / f"{name}-{recipe.seed}", network, recipe, record, plan
             )
@@ -95,10 +107,26 @@ class Arms:
         if done.seconds is not None and (plan is not None or done.plan is None):
             self.seconds.setdefault(name, []).append(done.seconds)  # without the search
         self.plans[arm] = done.plan
+        self.left.pop(0)
         self.found.setdefault(name, []).append(done.predictions)
         metric = self.asked.metric
         value = point(done.predictions, metric)
         self.session.on_progress(Note(f"{name:<8} seed {recipe.seed}: test {metric} {value:.3f}"))
+
+    def _foretell(self) -> None:
+        """Tells once how long all that is left takes: as long as the first of each arm, searches
+        left out.
+        """
+        if self.has_foretold or len(self.plans) < len(ARMS):
+            return
+        each = {
+            arm: plan.seconds if plan else float(np.mean(self.seconds.get(arm, [0.0])))
+            for arm, plan in self.plans.items()
+        }
+        total = sum(each[arm] * share for arm, share in self.left)
+        number = count(len(self.left), "training")
+        self.session.on_progress(Note(f"time: about {duration(total)} for the {number} left"))
+        self.has_foretold = True
 
     def _trained(
         self,
@@ -151,14 +179,14 @@ def _probed(session: Session, backbone: Backbone) -> Predictions:
     return tabulate(solution.logits(features[test]), dataset, test)
 
 
-def judged(arms: Arms, shares: Sequence[float]) -> dict[str, Any]:
+def _comparison(arms: Arms, shares: Sequence[float]) -> dict[str, Any]:
     session, found = arms.session, arms.found
     judgement = judge(found["transfer"], found["scratch"], arms.asked.metric)
     curve = [
         {"share": share, "num_images": len(session.material(share).train_rows)}
         | {
             arm: summarise(found[arm if share == 1 else f"{arm}@{share:g}"], arms.asked.metric)
-            for arm in ("transfer", "scratch")
+            for arm in ARMS
         }
         for share in shares
     ]
@@ -167,7 +195,7 @@ def judged(arms: Arms, shares: Sequence[float]) -> dict[str, Any]:
         **judgement,
         "arms": {
             arm: {name: summarise(found[arm], name) for name in METRICS}
-            for arm in ("transfer", "scratch", "probe_transplanted", "probe_random")
+            for arm in (*ARMS, "probe_transplanted", "probe_random")
         },
         "seconds": {arm: float(np.mean(spent)) for arm, spent in arms.seconds.items()},
         "curve": curve,
