@@ -17,7 +17,13 @@ from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, DataError, EnvironmentFault, UsageError
-from regraft.evaluation.doubting import CONFIDENCE, UNFAMILIAR_RATE, bands, doubt_of, usual_distance
+from regraft.evaluation.calibration import (
+    CONFIDENCE,
+    UNFAMILIAR_RATE,
+    bands,
+    doubt_of,
+    usual_distance,
+)
 from regraft.evaluation.embeddings import refuse_unknown_form
 from regraft.evaluation.predictions import Predictions
 from regraft.evaluation.rows import to_csv, to_records

@@ -8,8 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from regraft.engine import Engine
-from regraft.evaluation.calibration import LEAST_IMAGES, fit_temperature
-from regraft.evaluation.doubting import MOST_REMEMBERED, doubt_of
+from regraft.evaluation.calibration import (
+    LEAST_IMAGES,
+    MOST_REMEMBERED,
+    doubt_of,
+    fit_temperature,
+)
 from regraft.evaluation.judging import WithFeatures, divided
 from regraft.evaluation.predictions import infer, softmax
 from regraft.models.classifier import Classifier
