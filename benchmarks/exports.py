@@ -46,7 +46,9 @@ def compared(run: Path, form: str, arch: str) -> dict[str, Any]:
     began = monotonic()
     own = arch if ":" in arch else None
     try:
-        found = api.export(run, to=form, out=run / f"out.{form}", images=IMAGES, arch=own)
+        # A folder for each: the model cards of two forms would have one name.
+        out = run.with_name(f"{run.name}-{form}") / "model"
+        found = api.export(run, to=form, out=out, images=IMAGES, arch=own)
     except UsageError as error:
         return {"refused": error.message}
     return {**vars(found), "seconds": monotonic() - began}
