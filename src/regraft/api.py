@@ -18,6 +18,7 @@ from regraft.data.requested import requested
 from regraft.delivery.deployed import Agreement
 from regraft.delivery.export import export_classifier
 from regraft.delivery.gate import granted
+from regraft.delivery.real_images import USUAL_NUMBER, cached_images, images_in
 from regraft.delivery.report import write_report
 from regraft.delivery.service import Service, web_part
 from regraft.delivery.verification import verify as verified
@@ -26,7 +27,6 @@ from regraft.documents import json_content, read_json
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError
 from regraft.evaluation.compare import LEAST_SEEDS
-from regraft.evaluation.evidence import LEAST_EVIDENCE, cached_evidence, evidence_in
 from regraft.evaluation.explaining import write_explanations
 from regraft.evaluation.judging import refuse_unmeasured
 from regraft.evaluation.predicting import predict_files
@@ -432,7 +432,7 @@ def export(
     to: str,
     out: Place,
     data: Data | None = None,
-    images: int = LEAST_EVIDENCE,
+    images: int = USUAL_NUMBER,
     license: str = "unknown",
     arch: str | None = None,
     on_progress: OnProgress = quiet,
@@ -451,14 +451,14 @@ def export(
     own = Run.open(run) if (Path(run) / "run.json").is_file() else None
     if data is not None:
         dataset = data if isinstance(data, Dataset) else Dataset.open(data, whole=True)
-        evidence = evidence_in(dataset, own, classifier.inputs, images)
+        real = images_in(dataset, own, classifier.inputs, images)
         refuse_inside(Path(out), dataset.root)
     elif own is not None:
-        evidence = cached_evidence(own, classifier.inputs, images)
+        real = cached_images(own, classifier.inputs, images)
     else:
         raise UsageError("an export is checked on real images", hint="give some: `--data DATA`")
-    on_progress(Note(f"checking on {evidence.told}"))
-    return export_classifier(classifier, to, Path(out), evidence, own, license)
+    on_progress(Note(f"checking on {real.told}"))
+    return export_classifier(classifier, to, Path(out), real, own, license)
 
 
 def report(folders: Sequence[Place], *, out: Place) -> Path:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.data.batches import normalised
+from regraft.delivery.real_images import RealImages
 from regraft.engine import evaluating
 from regraft.errors import ArtefactError
-from regraft.evaluation.evidence import Evidence
 from regraft.evaluation.predictions import softmax
 from regraft.inputs import InputSpec
 from regraft.models.classifier import Classifier
@@ -89,7 +89,7 @@ class Deployed(nn.Module):
         return logits_BK.softmax(dim=1), logits_BK
 
 
-def compared(classifier: Classifier, evidence: Evidence, outputs: Outputs, to: str) -> Agreement:
+def compared(classifier: Classifier, real: RealImages, outputs: Outputs, to: str) -> Agreement:
     """Returns how the outputs agree with regraft's.
 
     Raises:
@@ -97,15 +97,15 @@ def compared(classifier: Classifier, evidence: Evidence, outputs: Outputs, to: s
     """
     ours, theirs = [], []
     with evaluating(classifier), torch.inference_mode():
-        for start in range(0, len(evidence.images), BATCH):
-            pixels = evidence.images[start : start + BATCH]
+        for start in range(0, len(real.images), BATCH):
+            pixels = real.images[start : start + BATCH]
             ours.append(classifier(normalised(pixels, classifier.inputs, CPU)).numpy())
             images_BCHW = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
             theirs.append(np.asarray(outputs(images_BCHW), dtype=np.float64))
     expected, found = softmax(np.concatenate(ours)), np.concatenate(theirs)
     difference = float(np.abs(expected - found).max())
     same = float((expected.argmax(axis=1) == found.argmax(axis=1)).mean())
-    agreement = Agreement(len(found), evidence.told, difference, same)
+    agreement = Agreement(len(found), real.told, difference, same)
     if not difference <= TOLERANCE or same < 1:  # also where it is no number
         raise ArtefactError(
             f"the {to} export does not say what regraft says: {agreement.told()}",

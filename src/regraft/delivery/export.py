@@ -11,10 +11,10 @@ import torch
 
 from regraft.delivery.card import model_card
 from regraft.delivery.deployed import Agreement, Deployed, Outputs, compared, quiet_exporters
+from regraft.delivery.real_images import RealImages
 from regraft.delivery.timm_folder import write_timm_folder
 from regraft.documents import to_json
 from regraft.errors import EnvironmentFault, UsageError
-from regraft.evaluation.evidence import Evidence
 from regraft.models.classifier import Classifier
 from regraft.run import Run, refuse_existing
 from regraft.storage import make_folder, write_file
@@ -28,7 +28,7 @@ def export_classifier(
     classifier: Classifier,
     to: str,
     out: Path,
-    evidence: Evidence,
+    real: RealImages,
     run: Run | None,
     license_: str,
 ) -> Agreement:
@@ -44,13 +44,13 @@ def export_classifier(
     refuse_existing(out)
     make_folder(out.parent)
     if to == "timm":
-        return write_timm_folder(classifier, out, evidence, run, license_)
+        return write_timm_folder(classifier, out, real, run, license_)
     beside = out.with_suffix(".md")
     refuse_existing(beside)
     make, load = {"onnx": (_onnx, _onnx_outputs), "torch": (_program, _program_outputs)}[to]
     with quiet_exporters():
         content = make(Deployed(classifier), _metadata(classifier, license_))
-        agreement = compared(classifier, evidence, load(content), to)
+        agreement = compared(classifier, real, load(content), to)
     card = model_card(classifier, run, to, agreement.told(), license_, out.name)
     write_file(beside, card.encode("utf-8"))
     write_file(out, content)

@@ -19,10 +19,10 @@ from regraft.delivery.deployed import (
     compared,
     quiet_exporters,
 )
+from regraft.delivery.real_images import RealImages
 from regraft.documents import json_content
 from regraft.engine import evaluating
 from regraft.errors import UsageError
-from regraft.evaluation.evidence import Evidence
 from regraft.models.backbone import VARIANTS, is_own, load_timm_folder, whole_network
 from regraft.models.classifier import WEIGHTS, Classifier
 from regraft.run import Run
@@ -39,7 +39,7 @@ ARGUMENTS: tuple[dict[str, Any], ...] = (
 
 
 def write_timm_folder(
-    classifier: Classifier, out: Path, evidence: Evidence, run: Run | None, license_: str
+    classifier: Classifier, out: Path, real: RealImages, run: Run | None, license_: str
 ) -> Agreement:
     """Writes the folder in the form of timm and Hugging Face: no pickle, no tag of others."""
     network, arguments = _whole_form(classifier)
@@ -59,7 +59,7 @@ def write_timm_folder(
         write_file(folder / WEIGHTS, packed(network.state_dict()))
         write_file(folder / "config.json", json_content(config))
         with quiet_exporters():
-            agreement = compared(classifier, evidence, outputs(folder), "timm")
+            agreement = compared(classifier, real, outputs(folder), "timm")
         card = model_card(classifier, run, "timm", agreement.told(), license_, out.name)
         write_file(folder / "README.md", card.encode("utf-8"))
     return agreement

@@ -1,4 +1,4 @@
-"""Evidence: real images on which an export must give what regraft gives."""
+"""Real images, on which an export must give what regraft gives."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from regraft.errors import DataError, UsageError
 from regraft.inputs import InputSpec
 from regraft.run import Run
 
-LEAST_EVIDENCE = 64  # images that an export is checked on; assumed
-WORDS = {"val": "validation", "train": "training", "test": "test"}
-PREFERRED = ("val", "train")  # of a Run's own images: what is fit for use was judged on these
+USUAL_NUMBER = 64  # images that an export is checked on; assumed
+# Of a Run's own images, the first ones first: what is fit for use was judged on these.
+PREFERRED = {"val": "validation", "train": "training"}
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RealImages:
     """Decoded images.
 
     Attributes:
@@ -33,7 +33,7 @@ class Evidence:
     told: str
 
 
-def cached_evidence(run: Run, inputs: InputSpec, most: int) -> Evidence:
+def cached_images(run: Run, inputs: InputSpec, most: int) -> RealImages:
     """Returns images of the Run that its training has decoded.
 
     Raises:
@@ -50,14 +50,14 @@ def cached_evidence(run: Run, inputs: InputSpec, most: int) -> Evidence:
     splits = [sample["split"] for sample in samples]
     rows = _chosen(splits, most)
     told = f"{_counted([splits[row] for row in rows])} of the run, from the cache"
-    return Evidence(cache.images[rows], told)
+    return RealImages(cache.images[rows], told)
 
 
-def evidence_in(dataset: Dataset, run: Run | None, inputs: InputSpec, most: int) -> Evidence:
+def images_in(dataset: Dataset, run: Run | None, inputs: InputSpec, most: int) -> RealImages:
     """Returns images of a dataset: the Run's own where it has them, otherwise any.
 
     Raises:
-        DataError: None can be read.
+        DataError: One cannot be read.
     """
     known = {} if run is None else {s["sha256"]: s["split"] for s in run.samples() if "sha256" in s}
     splits: list[str] = [known.get(sample.sha256, "") for sample in dataset.samples]
@@ -80,7 +80,7 @@ def evidence_in(dataset: Dataset, run: Run | None, inputs: InputSpec, most: int)
             f"`{dataset.root}` has images that cannot be read: {broken[0]}",
             hint="give other images of the same kind with `--data`",
         )
-    return Evidence(np.stack([np.asarray(each, np.float32) for each in found]), told)
+    return RealImages(np.stack([np.asarray(each, np.float32) for each in found]), told)
 
 
 def _chosen(splits: Sequence[str], most: int) -> NDArray[np.int64]:
@@ -101,4 +101,9 @@ def _spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 def _counted(splits: Sequence[str]) -> str:
     numbers = Counter(splits)
-    return " and ".join(f"{numbers[s]} {WORDS[s]}" for s in PREFERRED if numbers[s]) + " images"
+    return (
+        " and ".join(
+            f"{numbers[split]} {word}" for split, word in PREFERRED.items() if numbers[split]
+        )
+        + " images"
+    )
