@@ -27,7 +27,7 @@ from regraft.documents import json_content, read_json
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError
 from regraft.evaluation.compare import LEAST_SEEDS
-from regraft.evaluation.explaining import write_explanations
+from regraft.evaluation.explain import write_explanations
 from regraft.evaluation.judging import refuse_unmeasured
 from regraft.evaluation.predicting import predict_files
 from regraft.evaluation.predictions import Predictions

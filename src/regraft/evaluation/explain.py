@@ -21,6 +21,7 @@ from regraft.data.decode import (
     Pixels,
     UnreadableImage,
     as_shown,
+    encode_png,
     map_in_threads,
     read_content,
     read_input,
@@ -28,12 +29,17 @@ from regraft.data.decode import (
 from regraft.engine import evaluating
 from regraft.errors import UsageError
 from regraft.evaluation.predictions import BATCH_PX
+from regraft.evaluation.rows import rows_to_csv
 from regraft.models.classifier import Classifier
+from regraft.progress import OnProgress, counting
+from regraft.storage import committed_folder, make_folder, write_file
 
 LEAST_SIDE = 4  # of the maps that are shown by default: 2 x 2 say little of a place; assumed
 LEAST_SHOWN_PX = 224  # smaller images are shown larger; assumed
 MOST_HIDDEN = 0.6  # of the image, by the strongest evidence; assumed
 COLOURS = np.array([[255, 60, 0], [255, 235, 60]], dtype=np.float64)  # of weak and of strong
+TABLE = "explained.csv"
+HEAD = ("picture", "path", "class", "probability", "error")
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,41 @@ def explain_files(
         place = None if label is None else names.index(label)
         heat, classes, probabilities = evidence(classifier, images_BCHW, place, stage)
         yield Explanation(pixels, heat[0], names[int(classes[0])], float(probabilities[0]))
+
+
+def write_explanations(
+    classifier: Classifier,
+    files: Sequence[tuple[Path, str]],
+    out: Path,
+    label: str | None,
+    stage: int | None,
+    on_progress: OnProgress,
+) -> tuple[int, list[tuple[str, str]]]:
+    """Writes a folder of pictures, named by number, never by class or file, and a table of them.
+
+    Returns:
+        How many were written, and the broken files with their reasons.
+    """
+    told, scale = counting(on_progress, "explaining"), classifier.inputs.intensity_range
+    rows: list[Sequence[str]] = []
+    broken: list[tuple[str, str]] = []
+    digits = max(3, len(str(len(files))))
+    make_folder(out.parent)
+    with committed_folder(out) as folder:
+        found = explain_files(classifier, files, label, stage)
+        for number, ((root, path), one) in enumerate(zip(files, found, strict=True)):
+            told(number + 1, len(files))
+            place = str(root / path)
+            if isinstance(one, UnreadableImage):
+                broken.append((place, str(one)))
+                rows.append(("", place, "", "", str(one)))
+                continue
+            name = f"{number:0{digits}d}.png"
+            write_file(folder / name, encode_png(one.picture(scale)))
+            rows.append((name, place, one.label, f"{one.probability:.6f}", ""))
+        table = rows_to_csv(HEAD, rows)
+        write_file(folder / TABLE, table.encode("utf-8", "surrogateescape"))
+    return len(files) - len(broken), broken
 
 
 def heat_of(
