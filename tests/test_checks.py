@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 from PIL import Image
 
 from regraft import cli
+from regraft.data import survey
 from regraft.data.checks import Checked, check_data
 from regraft.data.dataset import DataOptions
 from regraft.data.finding import Finding
@@ -324,6 +328,28 @@ def test_unreadable_files_are_listed_with_their_reasons(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("A9", "A10")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files are read in this process")
+def test_a_file_that_kills_its_decoder_is_listed_and_the_others_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_split(tmp_path / "data")
+    deadly = root / "train/cats/cats_train_3.png"
+    content, whole = deadly.read_bytes(), survey.read_whole
+
+    def read_whole(read: Any) -> Any:
+        if read == content:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(read)
+
+    monkeypatch.setattr(survey, "read_whole", read_whole)
+    broken = checked(root)
+    assert broken.num_images == (35,)
+    (finding,) = [one for one in broken.findings if one.code == "unreadable"]
+    assert finding.examples == (
+        "train/cats/cats_train_3.png: decoder-crash: the decoder died of it",
+    )
+
+
 def test_classes_that_differ_by_spelling_are_an_error(tmp_path: Path) -> None:
     root = write_split(tmp_path / "data", side=24)
     for label in ("Cats", "Caf\u00e9", "Cafe\u0301"):

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "regraft"
 # From the bottom up; parts of one row may import each other only where the row says so.
 ROWS = [
     {"errors"},
-    {"faults", "documents", "progress", "signals"},
+    {"faults", "documents", "parallel", "progress", "signals"},
     {"disk", "manifests"},
     {"storage"},
     {"changing", "locks", "tensors"},

@@ -14,7 +14,7 @@ import regraft
 from regraft import api
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.data.duplicates import near_hashes
-from regraft.data.looks import Looks, perceptual_hash, perceptual_hashes
+from regraft.data.looks import Looks, Seen, hashes_of, perceptual_hashes
 from regraft.errors import ArtefactError, DataError, UsageError
 from regraft.progress import Note
 from regraft.run import Run
@@ -163,10 +163,9 @@ def test_a_hash_finds_its_picture_turned_and_mirrored_and_no_other() -> None:
     turned = [pictures[k].transpose(Image.Transpose(k)) for k in range(7)]
     arrays = [np.asarray(one) for one in [*pictures, *turned]]
     looks = Looks.empty(len(arrays))
-    for row, pixels in enumerate(arrays):
-        looks.set(row, pixels)
-    hashes = np.stack([perceptual_hash(pixels) for pixels in arrays])
-    assert (perceptual_hashes(looks) == hashes).all()
+    looks.set(np.arange(len(arrays)), [Seen.of(pixels) for pixels in arrays])
+    hashes = perceptual_hashes(np.stack(arrays))
+    assert (hashes_of(looks) == hashes).all()
     found = near_hashes(hashes, np.arange(30, 37))
     assert [(one, other) for one, other, _ in found] == [(k, 30 + k) for k in range(7)]
 

@@ -7,6 +7,7 @@ and decode rule: the same images in another folder find it again.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from regraft.data.decode import (
     read_whole,
     with_channels,
 )
-from regraft.data.looks import HASH_SIDE, perceptual_hash
+from regraft.data.looks import HASH_SIDE, TOGETHER, perceptual_hashes
 from regraft.data.pictures import resized
 from regraft.disk import create_array, require_space
 from regraft.documents import read_json, sha256_of
@@ -54,7 +55,7 @@ class Cache:
         key: Names contents and decode rule.
         ends: The smallest and largest value of each image before it was resized.
         digests: Hash of each image's pixels, 16 bytes.
-        hashes: Perceptual hash of each image (`looks.perceptual_hash`).
+        hashes: Perceptual hash of each image (`looks.perceptual_hashes`).
     """
 
     images: NDArray[Any]
@@ -238,8 +239,14 @@ def _decoded(
     digests = make("digests", np.uint8, (number, DIGEST_BYTES))
     hashes = make("hashes", np.int8, (number, HASH_SIDE**2 - 1))
 
-    def decode(row: int) -> bool | UnreadableImage:
-        """Stores an image, and returns whether it is grey; threads work side by side."""
+    def decode(start: int) -> list[bool | UnreadableImage]:
+        """Stores some images, and returns of each whether it is grey; threads work side by side."""
+        rows = slice(start, min(start + TOGETHER, number))
+        told = [decode_one(row) for row in range(rows.start, rows.stop)]
+        hashes[rows] = perceptual_hashes(images[rows])
+        return told
+
+    def decode_one(row: int) -> bool | UnreadableImage:
         sample = dataset.samples[row]
         try:
             content = read_content(dataset.root, sample.path)
@@ -253,17 +260,17 @@ def _decoded(
         images[row] = pixels
         digest = hashlib.sha256(pixels.tobytes()).digest()[:DIGEST_BYTES]
         digests[row] = np.frombuffer(digest, np.uint8)
-        hashes[row] = perceptual_hash(pixels)
         ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
         return bool((pixels == pixels[..., :1]).all())
 
-    for row, found in enumerate(map_in_threads(decode, range(len(dataset.samples)))):
+    parts = map_in_threads(decode, range(0, number, TOGETHER))
+    for row, found in enumerate(chain.from_iterable(parts)):
         if isinstance(found, UnreadableImage):
             broken.append((dataset.samples[row], found))
         else:
             is_grey = is_grey and found
         if on_progress is not None:
-            on_progress(row + 1, len(dataset.samples))
+            on_progress(row + 1, number)
     if broken:
         raise _BrokenImages(broken)  # nothing incomplete is committed under the key
     return Cache(images, is_grey, "", ends, digests, hashes)

@@ -12,6 +12,7 @@ from regraft.data.finding import ERROR, NOTE, WARNING, FileRef, Finding
 from regraft.data.split import SPLITS
 from regraft.data.survey import Picture, Survey
 from regraft.errors import count
+from regraft.parallel import one_thread
 
 MANY_COPIES = 4  # of one picture: fewer are strays, not augmentation; assumed
 AUGMENTED_SHARE = 0.2  # of a dataset that is copies of few pictures; assumed
@@ -27,6 +28,7 @@ class Copies:
     near: Pairs
 
     @classmethod
+    @one_thread
     def found(cls, survey: Survey, on_progress: Callable[[int, int], None]) -> "Copies":
         exact: dict[bytes, list[int]] = defaultdict(list)
         for row, one in enumerate(survey.pictures):

@@ -6,10 +6,12 @@ mirrored copy has the same rings, shifted or reversed. A perceptual hash is the 
 for those who have the picture no more.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ REDUCED = 96  # what both views are read from
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, by which Pillow makes grey pictures
 RINGS, ANGLES = 16, 64
 HASH_SIDE = 10  # frequencies of each axis in a hash
+TOGETHER = 32  # pictures that a thread compares at once: few calls of numpy; assumed
 FLAT = 2.0  # grey values of 255: what varies less shows nothing to compare; assumed
 
 
@@ -42,11 +45,16 @@ class Looks:
 
     @classmethod
     def empty(cls, number: int) -> "Looks":
-        return cls(
-            np.zeros((number, SIDE, SIDE), np.uint8),
-            np.zeros((number, RINGS, ANGLES), np.uint8),
-            np.ones(number, np.bool_),
-        )
+        """Returns room for so many, in memory that forked processes share."""
+        flat = _shared((number,), np.bool_)
+        flat[:] = True
+        thumbs = _shared((number, SIDE, SIDE), np.uint8)
+        return cls(thumbs, _shared((number, RINGS, ANGLES), np.uint8), flat)
+
+    def part(self, start: int, number: int) -> "Looks":
+        """Returns a view of some of them, one after the other."""
+        rows = slice(start, start + number)
+        return Looks(self.thumbs[rows], self.discs[rows], self.flat[rows])
 
     def taken(self, rows: Rows) -> "Looks":
         return Looks(self.thumbs[rows], self.discs[rows], self.flat[rows])
@@ -61,49 +69,80 @@ class Looks:
                 array[start : start + len(part)] = array[part]
         return Looks(self.thumbs[: len(rows)], self.discs[: len(rows)], self.flat[: len(rows)])
 
-    def set(self, row: int, pixels: NDArray[Any]) -> tuple[float, float]:
-        """Stores how a (height, width, channels) picture looks.
+    def set(self, rows: Rows, seen: Sequence["Seen"]) -> NDArray[np.float64]:
+        """Stores what pictures look like, those of one form together.
 
         Returns:
-            Mean brightness of the whole, and of its border.
+            Of each, the mean brightness of the whole and of its border.
         """
-        reduced = _reduced(pixels)
-        edges = (reduced[0], reduced[-1], reduced[:, 0], reduced[:, -1])
-        means = float(reduced.mean()), float(np.concatenate(edges).mean())
-        grey = _stretched(reduced, pixels.dtype.name)
-        self.flat[row] = grey is None
-        if grey is None:
-            return means
-        self.thumbs[row] = _thumb(grey)
-        self.discs[row] = np.rint(_rings(grey, pixels.shape[0], pixels.shape[1]))
+        alike: dict[tuple[tuple[int, int], str], list[int]] = defaultdict(list)
+        for place, one in enumerate(seen):
+            alike[one.size, one.pixel_type].append(place)
+        means = np.zeros((len(seen), 2))
+        for (size, pixel_type), places in alike.items():
+            reduced = _reduced([seen[place] for place in places])
+            means[places, 0] = reduced.mean(axis=(1, 2))
+            edges = (reduced[:, 0], reduced[:, -1], reduced[:, :, 0], reduced[:, :, -1])
+            means[places, 1] = np.concatenate(edges, axis=1).mean(axis=1)
+            is_flat = _is_flat(reduced, pixel_type)
+            shown = rows[places][~is_flat]
+            self.flat[rows[places]] = is_flat
+            grey = _stretched(reduced[~is_flat])
+            self.thumbs[shown] = _thumbs(grey)
+            self.discs[shown] = np.rint(_rings(grey, *size))
         return means
 
 
-def perceptual_hash(pixels: NDArray[Any]) -> NDArray[np.int8]:
-    """Returns what a picture looks like in 99 numbers; all 0 for one that shows nothing.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The grey values of every so many-th pixel of a picture, as its looks need no more.
 
-    They are the lowest frequencies (DCT) of its thumb, the higher ones raised, as all pictures
-    agree in the lowest. A mirror changes signs, a quarter turn also the order.
+    Attributes:
+        grey: (height, width), what is left still being averaged over.
+        size: (height, width) of the whole picture.
+        pixel_type: Of the whole picture.
     """
-    grey = _stretched(_reduced(pixels), pixels.dtype.name)
-    if grey is None:
-        return np.zeros(HASH_SIDE**2 - 1, np.int8)
-    waves = cosines(HASH_SIDE)
-    return _hash(waves @ _thumb(grey) @ waves.T)
+
+    grey: Floats
+    size: tuple[int, int]
+    pixel_type: str
+
+    @classmethod
+    def of(cls, pixels: NDArray[Any]) -> "Seen":
+        """Takes a (height, width, channels) picture; bands that are not RGB weigh the same."""
+        height, width, channels = pixels.shape
+        stride = max(1, min(height, width) // REDUCED)
+        seen = pixels[::stride, ::stride]
+        weights = LUMA if channels == 3 else (1 / channels,) * channels
+        grey = weights[0] * seen[..., 0].astype(np.float32)
+        for weight, channel in zip(weights[1:], range(1, channels), strict=True):
+            grey += np.float32(weight) * seen[..., channel]
+        return cls(grey, (height, width), pixels.dtype.name)
 
 
-def perceptual_hashes(looks: Looks) -> NDArray[np.int8]:
+def perceptual_hashes(pixels: NDArray[Any]) -> NDArray[np.int8]:
+    """Returns what (picture, height, width, channels) look like in 99 numbers each.
+
+    They are the lowest frequencies (DCT) of a thumb, the higher ones raised, as all pictures agree
+    in the lowest. A mirror changes signs, a quarter turn also the order. All are 0 of a picture
+    that shows nothing.
+    """
+    reduced = _reduced([Seen.of(one) for one in pixels])
+    return _hashes(_thumbs(_stretched(reduced)), _is_flat(reduced, pixels.dtype.name))
+
+
+def hashes_of(looks: Looks) -> NDArray[np.int8]:
     """Returns the perceptual hash of each picture, from its thumb."""
+    return _hashes(looks.thumbs.astype(np.float32), looks.flat)
+
+
+def _hashes(thumbs: Floats, is_flat: NDArray[np.bool_]) -> NDArray[np.int8]:
     waves = cosines(HASH_SIDE)
-    hashes = np.zeros((len(looks.flat), HASH_SIDE**2 - 1), np.int8)
-    for row in np.flatnonzero(~looks.flat):
-        hashes[row] = _hash(waves @ looks.thumbs[row].astype(np.float32) @ waves.T)
+    values = ((waves @ thumbs @ waves.T) * _raised()).reshape(len(thumbs), -1)[:, 1:]
+    largest = np.maximum(abs(values).max(axis=1, keepdims=True), 1e-6)
+    hashes: NDArray[np.int8] = np.rint(values * (127 / largest)).astype(np.int8)
+    hashes[is_flat] = 0
     return hashes
-
-
-def _hash(frequencies: Floats) -> NDArray[np.int8]:
-    values = (frequencies * _raised()).ravel()[1:]
-    return np.rint(values * (127 / max(float(abs(values).max()), 1e-6))).astype(np.int8)
 
 
 def orientations(hashes: Floats) -> Iterator[Floats]:
@@ -122,33 +161,36 @@ def _raised() -> Floats:
     return np.asarray(np.hypot(steps[:, None], steps))
 
 
-def _stretched(grey: Floats, pixel_type: str) -> Floats | None:
-    """Returns the grey values from 0 to 255; None for a picture that shows nothing."""
+def _shared(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """Returns zeros that processes forked from here see and fill too."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap(-1, max(size, 1)), dtype, int(np.prod(shape))).reshape(shape)
+
+
+def _is_flat(grey: Floats, pixel_type: str) -> NDArray[np.bool_]:
     # A 12-bit picture uses a sixteenth of its file's range; others have a range of their own.
     unit = {"uint8": 1, "uint16": 16}.get(pixel_type, 0)
-    if grey.std() <= FLAT * unit:
-        return None
-    low, high = float(grey.min()), float(grey.max())
-    stretched: Floats = (grey - low) * np.float32(255 / (high - low))
+    return np.asarray(grey.std(axis=(1, 2)) <= FLAT * unit)
+
+
+def _stretched(grey: Floats) -> Floats:
+    """Returns the grey values of each picture from 0 to 255."""
+    low = grey.min(axis=(1, 2), keepdims=True)
+    high = grey.max(axis=(1, 2), keepdims=True)
+    stretched: Floats = (grey - low) * (255 / np.maximum(high - low, 1e-12)).astype(np.float32)
     return stretched
 
 
-def _thumb(grey: Floats) -> Floats:
+def _thumbs(grey: Floats) -> Floats:
     small = resampling(REDUCED, SIDE)
-    thumb: Floats = np.rint(small @ grey @ small.T)
-    return thumb
+    thumbs: Floats = np.rint(small @ grey @ small.T)
+    return thumbs
 
 
-def _reduced(pixels: NDArray[Any]) -> Floats:
-    """Returns the grey values at 96 x 96; bands that are not RGB weigh the same."""
-    stride = max(1, min(pixels.shape[:2]) // REDUCED)  # what is left is still averaged over
-    seen = pixels[::stride, ::stride]
-    channels = seen.shape[2]
-    weights = LUMA if channels == 3 else (1 / channels,) * channels
-    grey = weights[0] * seen[..., 0].astype(np.float32)
-    for weight, channel in zip(weights[1:], range(1, channels), strict=True):
-        grey += np.float32(weight) * seen[..., channel]
-    height, width = grey.shape
+def _reduced(seen: Sequence[Seen]) -> Floats:
+    """Returns the grey values of pictures of one size at 96 x 96."""
+    grey = np.stack([one.grey for one in seen])
+    height, width = grey.shape[1:]
     reduced: Floats = resampling(height, REDUCED) @ grey @ resampling(width, REDUCED).T
     return reduced
 
@@ -165,10 +207,10 @@ def resampling(number: int, wanted: int, low: float = 0.0, high: float = 1.0) ->
 
 
 def _rings(grey: Floats, height: int, width: int) -> Floats:
-    """Returns the picture along circles round its middle, as large as its shorter side allows."""
+    """Returns pictures along circles round their middle, as large as the shorter side allows."""
     y, x, y_share, x_share = _ring_places(height, width)
-    above = grey[y, x] * (1 - x_share) + grey[y, x + 1] * x_share
-    below = grey[y + 1, x] * (1 - x_share) + grey[y + 1, x + 1] * x_share
+    above = grey[:, y, x] * (1 - x_share) + grey[:, y, x + 1] * x_share
+    below = grey[:, y + 1, x] * (1 - x_share) + grey[:, y + 1, x + 1] * x_share
     rings: Floats = above * (1 - y_share) + below * y_share
     return rings
 

@@ -55,16 +55,16 @@ def picture_pixels(content: bytes, kind: str, size: tuple[int, int] | None) -> P
     Raises:
         UnreadableImage: It is damaged, too large, or of a mode without an exact reading.
     """
-    opened = _opened(content, kind)
-    if opened is None:
+    image = _opened(content, kind)
+    if image is None:
         return None
-    with opened:
+    with image:
         try:
             if size is not None:  # the square serves images that their EXIF block turns, too
                 side = JPEG_MARGIN * max(size)
-                opened.draft(None, (side, side))  # of JPEGs alone
-            is_inverted = opened.format == "TIFF" and _tag(opened, 262) == 0  # WhiteIsZero
-            image = ImageOps.exif_transpose(opened)
+                image.draft(None, (side, side))  # of JPEGs alone
+            is_inverted = image.format == "TIFF" and _tag(image, 262) == 0  # WhiteIsZero
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode in IS_16_BIT:
                 return _from_16_bit(image, is_inverted)
             # A PNG may name one grey value or colour as transparent, without an alpha channel.

@@ -37,9 +37,12 @@ class UnreadableImage(Exception):
     """A file that cannot be an input; `reason` is a short stable code."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)  # by these a process that reads hands it on
         self.reason = reason
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,17 @@ from regraft.data.dataset import DataOptions
 from regraft.data.decode import (
     Header,
     UnreadableImage,
-    map_in_threads,
+    quiet_codecs,
     read_content,
     read_header,
     read_whole,
     sniffed,
 )
 from regraft.data.listing import Listed
-from regraft.data.looks import Looks
+from regraft.data.looks import TOGETHER, Looks, Seen
 from regraft.data.opening import Reading
 from regraft.errors import DataError
+from regraft.parallel import map_in_processes, one_thread
 
 ONE_FRAME = ("JPEG", "BMP", "IDX")  # and no patient: their headers tell no more than pixels
 OnRead = Callable[[int, int], None]
@@ -54,6 +56,9 @@ class Picture:
     border: float = 0.0
 
 
+Read = tuple[Picture, Header] | tuple[str, UnreadableImage]
+
+
 @dataclass
 class Survey:
     """What was read of several datasets, and what could not be read.
@@ -76,6 +81,7 @@ class Survey:
     is_split: list[bool] = field(default_factory=list)
 
     @classmethod
+    @one_thread
     def read(
         cls, roots: Sequence[Path], options: Sequence[DataOptions], on_read: OnRead | None = None
     ) -> "Survey":
@@ -93,8 +99,9 @@ class Survey:
             reading.list_files()
         total = sum(len(reading.listing.images) for reading in readings)
         survey.looks = Looks.empty(total)
-        for place, reading in enumerate(readings):
-            survey._add(place, reading, total, on_read or (lambda _done, _total: None))
+        with quiet_codecs():
+            for place, reading in enumerate(readings):
+                survey._add(place, reading, total, on_read or (lambda _done, _total: None))
         rows = np.array([picture[0] for picture in survey._rows], np.int64)
         survey.pictures = [picture for _, picture in survey._rows]
         survey.looks = survey.looks.kept(rows)
@@ -131,15 +138,26 @@ class Survey:
         self._seen = 0
 
     def _add(self, place: int, reading: Reading, total: int, on_read: OnRead) -> None:
-        begin = self._seen
+        begin, number = self._seen, len(reading.listing.images)
 
-        def read(row: int) -> tuple[Picture, Header] | tuple[str, UnreadableImage]:
-            return _read(reading, place, row, self.looks, begin + row)
+        def read(rows: range) -> list[Read]:
+            return _read(reading, place, rows, looks)
 
+        def died(rows: range) -> list[Read]:
+            """Reads them again one by one: it is one of them."""
+            if len(rows) == 1:
+                return [("", UnreadableImage("decoder-crash", "the decoder died of it"))]
+            single = [range(row, row + 1) for row in rows]
+            return list(chain.from_iterable(map_in_processes(read, single, died)))
+
+        looks = self.looks.part(begin, number)
         images: list[Listed] = []
         headers: list[Header] = []
         found: list[tuple[int, Picture]] = []
-        for row, (one, more) in enumerate(map_in_threads(read, range(len(reading.listing.images)))):
+        starts = range(0, number, TOGETHER)
+        together = [range(start, min(start + TOGETHER, number)) for start in starts]
+        parts = map_in_processes(read, together, died)
+        for row, (one, more) in enumerate(chain.from_iterable(parts)):
             self._seen += 1
             on_read(self._seen, total)
             image = reading.listing.images[row]
@@ -167,37 +185,48 @@ class Survey:
         self.is_split.append(any(image.split for image in images))
 
 
-def _read(
-    reading: Reading, place: int, row: int, looks: Looks, look_row: int
-) -> tuple[Picture, Header] | tuple[str, UnreadableImage]:
-    image, sha256 = reading.listing.images[row], ""
-    try:
-        content = read_content(reading.root, image.path)
-        raw = content if isinstance(content, bytes) else content.tobytes()
-        digest = hashlib.sha256(raw).digest()
-        sha256 = digest.hex()
-        kind = sniffed(content) if isinstance(content, bytes) else "IDX"
-        pixels = np.ascontiguousarray(read_whole(content))
-        header = Header(pixels.shape[:2], pixels.shape[2], pixels.dtype.name)
-        if kind not in ONE_FRAME:  # patients and frames stand in the header
-            header = read_header(content)
-    except UnreadableImage as error:
-        return sha256, error
-    brightness, border = looks.set(look_row, pixels)
-    largest = float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else 1.0
-    described = Picture(
-        place=place,
-        path=image.path,
-        label=image.label,
-        split=image.split or "train",
-        group=image.group,
-        content=digest,
-        pixels=digest,
-        size=(pixels.shape[0], pixels.shape[1]),
-        channels=pixels.shape[2],
-        pixel_type=header.pixel_type,
-        format=kind,
-        brightness=brightness / largest,
-        border=border / largest,
-    )
-    return described, header
+def _read(reading: Reading, place: int, rows: range, looks: Looks) -> list[Read]:
+    """Reads files one by one, and stores what they look like together: numpy's calls are few then.
+
+    Threads that call numpy for small pictures wait for the interpreter most of the time.
+    """
+    read: list[Read] = []
+    shown: list[tuple[int, Seen]] = []
+    for row in rows:
+        image, sha256 = reading.listing.images[row], ""
+        try:
+            content = read_content(reading.root, image.path)
+            raw = content if isinstance(content, bytes) else content.tobytes()
+            digest = hashlib.sha256(raw).digest()
+            sha256 = digest.hex()
+            kind = sniffed(content) if isinstance(content, bytes) else "IDX"
+            pixels = read_whole(content)
+            header = Header(pixels.shape[:2], pixels.shape[2], pixels.dtype.name)
+            if kind not in ONE_FRAME:  # patients and frames stand in the header
+                header = read_header(content)
+        except UnreadableImage as error:
+            read.append((sha256, error))
+            continue
+        described = Picture(
+            place=place,
+            path=image.path,
+            label=image.label,
+            split=image.split or "train",
+            group=image.group,
+            content=digest,
+            pixels=digest,
+            size=pixels.shape[:2],
+            channels=pixels.shape[2],
+            pixel_type=header.pixel_type,
+            format=kind,
+        )
+        read.append((described, header))
+        shown.append((row, Seen.of(pixels)))
+    means = looks.set(np.array([row for row, _ in shown], np.int64), [seen for _, seen in shown])
+    for (row, seen), (brightness, border) in zip(shown, means.tolist(), strict=True):
+        stored = np.dtype(seen.pixel_type)
+        largest = float(np.iinfo(stored).max) if stored.kind == "u" else 1.0
+        picture = read[row - rows.start][0]
+        assert isinstance(picture, Picture)
+        picture.brightness, picture.border = brightness / largest, border / largest
+    return read

@@ -4,19 +4,18 @@ N images, D features, K classes.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from regraft.evaluation.calibration import calibrated_loss, fit_temperature
 from regraft.evaluation.metrics import log_losses
 from regraft.evaluation.predictions import softmax
 from regraft.models.head import Head
+from regraft.parallel import one_thread
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -28,16 +27,6 @@ MOST_ITERATIONS = 500
 RIDGE_PENALTIES = np.logspace(-4, 2, 13)
 NEIGHBOURS = (1, 5, 20)
 MOST_NEIGHBOURED = 4000  # images whose distances fit into memory; assumed
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def one_thread(function: Function) -> Function:
-    """Keeps linear algebra on one thread.
-
-    A second one of OpenBLAS waits by spinning: beside another job on the same cores one thread is
-    3 to 25 times as fast (docs/log.md 2026-11-25).
-    """
-    return cast(Function, threadpool_limits.wrap(limits=1, user_api="blas")(function))
 
 
 @dataclass(frozen=True)
