@@ -1,6 +1,6 @@
 """regraft beside its peers, in one run on the same images: ratios, not seconds.
 
-    make bench                                       everything, about an hour on 2 cores
+    make bench                                       everything, about half an hour on 2 cores
     .venv/bin/python benchmarks/bench.py predict     one of: frozen, first, last, scratch, decode,
                                                      warm, predict, memory
 
@@ -13,6 +13,7 @@ the images. One job after the other, each in a process of its own. Prints a tabl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -179,11 +180,14 @@ def _write_generated(folder: Path, number: int) -> None:
 
 def _start() -> None:
     """Trains a VGG16 that all tools start from, and writes its weights for Keras."""
+    regraft, run = Path(sys.executable).parent / "regraft", PLACE / "start"
     if (PLACE / "start.npz").exists():
-        return
-    command = [Path(sys.executable).parent / "regraft", "pretrain", SOURCE, "--arch", "vgg16"]
-    options = ["--image-size", "64", "--epochs", "8", "--out", PLACE / "start"]
-    subprocess.run([*command, *options, "--set", "channels=3"], check=True)
+        if not subprocess.run([regraft, "verify", run], capture_output=True).returncode:
+            return
+        shutil.rmtree(run, ignore_errors=True)  # of an earlier version
+    command = [regraft, "pretrain", SOURCE, "--arch", "vgg16", "--image-size", "64"]
+    options = ["--epochs", "8", "--set", "channels=3", "--out", run]
+    subprocess.run([*command, *options], check=True)
     state = load_file(PLACE / "start" / "final" / "model.safetensors")
     inputs = json.loads((PLACE / "start" / "final" / "model.json").read_text())["inputs"]
     arrays = {"mean": np.array(inputs["mean"][0]), "std": np.array(inputs["std"][0])}

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from regraft import cli
-from regraft.data import survey
+from regraft.data import decode, survey
 from regraft.data.checks import Checked, check_data
 from regraft.data.dataset import DataOptions
 from regraft.data.finding import Finding
@@ -334,7 +334,7 @@ def test_a_file_that_kills_its_decoder_is_listed_and_the_others_are_read(
 ) -> None:
     root = write_split(tmp_path / "data")
     deadly = root / "train/cats/cats_train_3.png"
-    content, whole = deadly.read_bytes(), survey.read_whole
+    content, whole = deadly.read_bytes(), decode.read_whole
 
     def read_whole(read: Any) -> Any:
         if read == content:

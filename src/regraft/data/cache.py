@@ -29,6 +29,7 @@ from regraft.disk import create_array, require_space
 from regraft.documents import read_json, sha256_of
 from regraft.errors import ArtefactError, EnvironmentFault, UsageError
 from regraft.inputs import DECODER, InputSpec
+from regraft.parallel import one_thread
 from regraft.storage import (
     cache_home,
     committed_folder,
@@ -219,6 +220,7 @@ def _in_memory(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.zeros(shape, dtype)
 
 
+@one_thread
 def _decoded(
     make: Callable[[str, Any, tuple[int, ...]], NDArray[Any]],
     dataset: Dataset,
@@ -254,7 +256,7 @@ def _decoded(
             if hashlib.sha256(raw).hexdigest() != sample.sha256:
                 raise UnreadableImage("changed", "not the bytes that were listed")
             whole = read_whole(content, size=size)
-            pixels = resized(with_channels(whole, channels), size)
+            pixels = with_channels(resized(whole, size), channels)
         except UnreadableImage as error:
             return error
         images[row] = pixels

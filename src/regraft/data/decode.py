@@ -182,7 +182,7 @@ def read_pixels(content: bytes | Pixels, *, size: tuple[int, int], channels: int
     Raises:
         UnreadableImage: It cannot be decoded, or its channels are others than asked for.
     """
-    return resized(with_channels(read_whole(content, size=size), channels), size)
+    return with_channels(resized(read_whole(content, size=size), size), channels)
 
 
 def read_input(content: bytes | Pixels, inputs: InputSpec) -> Pixels:
@@ -191,9 +191,9 @@ def read_input(content: bytes | Pixels, inputs: InputSpec) -> Pixels:
     Raises:
         UnreadableImage: As `read_pixels`, or its values are on another scale than the network's.
     """
-    whole = with_channels(read_whole(content, size=inputs.size), inputs.channels)
+    whole = read_whole(content, size=inputs.size)
     refuse_other_scale(whole, inputs)
-    return resized(whole, inputs.size)
+    return with_channels(resized(whole, inputs.size), inputs.channels)
 
 
 def with_channels(pixels: Pixels, channels: int) -> Pixels:

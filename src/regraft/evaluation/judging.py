@@ -17,15 +17,20 @@ from regraft.progress import Note, OnProgress
 
 
 class WithFeatures(nn.Module):
-    """A Classifier that gives its logits, and behind them the features they were made of."""
+    """A Classifier that gives its logits, and behind them the features they were made of.
 
-    def __init__(self, classifier: Classifier) -> None:
+    Attributes:
+        backbone: That of the Classifier, or what runs the rest of it where a part has run.
+    """
+
+    def __init__(self, classifier: Classifier, backbone: nn.Module | None = None) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.head = classifier.head
+        self.backbone = backbone or classifier.backbone
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        features_BD = self.classifier.backbone(images_BCHW).float()
-        return torch.cat([self.classifier.head(features_BD), features_BD], dim=1)
+    def forward(self, batch: Tensor) -> Tensor:
+        features_BD = self.backbone(batch).float()
+        return torch.cat([self.head(features_BD), features_BD], dim=1)
 
 
 def judged(

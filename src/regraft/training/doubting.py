@@ -19,7 +19,8 @@ from regraft.evaluation.predictions import infer, softmax
 from regraft.models.classifier import Classifier
 from regraft.models.doubt import DEFAULT_RATE, Doubt
 from regraft.progress import Note
-from regraft.training.feeds import Live, Material
+from regraft.training.activations import choose_feed
+from regraft.training.feeds import Features, Feed, Live, Material
 from regraft.training.recipe import Recipe
 
 
@@ -38,7 +39,13 @@ def with_doubt(
     if not len(material.val_rows):
         yield Note("unsure images cannot be told: no validation images were held out")
         return
-    outputs_NX = _outputs(classifier, material, material.val_rows, recipe, engine)
+    feed, batch_size = yield from _feed(classifier, material, recipe, engine)
+    network = WithFeatures(classifier, Features(classifier.backbone, feed))
+
+    def outputs(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return infer(network, feed.plain_batches(rows), engine, batch_size)
+
+    outputs_NX = outputs(material.val_rows)
     logits_NK, features_ND = divided(outputs_NX, classifier)
     labels_N = material.labels[material.val_rows]
     if recipe.search == "none" and len(labels_N) >= LEAST_IMAGES:
@@ -49,7 +56,7 @@ def with_doubt(
                 parameter.div_(temperature)
         yield Note(f"probabilities calibrated: temperature {temperature:.2f}, validation images")
     order = np.random.default_rng(0).permutation(material.train_rows)
-    known = _outputs(classifier, material, np.sort(order[:MOST_REMEMBERED]), recipe, engine)
+    known = outputs(np.sort(order[:MOST_REMEMBERED]))
     alone = _one_of_each_group(material)
     remembered_MD = divided(known, classifier)[1]
     probabilities_NK = softmax(logits_NK[alone])
@@ -76,16 +83,20 @@ def told(doubt: Doubt) -> str:
     )
 
 
-def _outputs(
-    classifier: Classifier,
-    material: Material,
-    rows: NDArray[np.int64],
-    recipe: Recipe,
-    engine: Engine,
-) -> NDArray[np.float32]:
-    live = Live(material, classifier.inputs, recipe, engine)
-    batches = live.plain_batches(rows)
-    return infer(WithFeatures(classifier), batches, engine, live.batch_size)
+def _feed(
+    classifier: Classifier, material: Material, recipe: Recipe, engine: Engine
+) -> Generator[Any, None, tuple[Feed, int]]:
+    """Returns what the last phase was fed, and how many images a batch is filled up to.
+
+    A frozen part has run over all images already. A search has trained in more ways than one.
+    """
+    last = recipe.phases[-1]
+    live = Live(material, classifier.inputs, recipe, engine, recipe.views_of(last))
+    if recipe.search == "none":
+        feed, _ = yield from choose_feed(live, classifier.backbone, last)
+        if feed is not live:
+            return feed, 0
+    return live, live.batch_size
 
 
 def _one_of_each_group(material: Material) -> NDArray[np.int64]:
