@@ -187,19 +187,20 @@ class Network(Features):
         return logits_BK
 
 
-class Stages(nn.Module):
-    """The features of all stages, side by side.
+class Watched(nn.Module):
+    """The logits of a classifier, and behind them the features of all stages.
 
     Attributes:
-        ends: Where each stage ends, but for the last.
+        ends: Where logits and stages end, but for the last.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.head = classifier.backbone, classifier.head
         self.ends: tuple[int, ...] = ()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         stages = [each.float() for each in self.backbone.stage_features(images_BCHW)]
-        self.ends = tuple(accumulate(each.shape[1] for each in stages))[:-1]
-        return torch.cat(stages, dim=1)
+        parts = [self.head(stages[-1]).float(), *stages]
+        self.ends = tuple(accumulate(each.shape[1] for each in parts))[:-1]
+        return torch.cat(parts, dim=1)

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.data.batches import ONLY, Rows, ahead, num_batches, part_of
-from regraft.engine import Engine
+from regraft.engine import Engine, evaluating
 from regraft.evaluation.metrics import log_losses, mean_log_loss, point
 from regraft.evaluation.predictions import Predictions, inferring, softmax
-from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training.activations import choose_feed
-from regraft.training.feeds import Features, Feed, Live, Material, Network, Stages
+from regraft.training.feeds import Features, Feed, Live, Material, Network, Watched
 from regraft.training.losses import Losses, StallDetector, Taken, diverged, label_entropy
 from regraft.training.optim import (
     Average,
@@ -215,16 +214,13 @@ class _Fit:
         if not len(rows):
             return told
         truth, names = self.material.labels[rows], self.classifier.class_names
-        through = Network(network, self.feed)
-        logits_NK = yield from self.infer(through, rows, "validation")
+        logits_NK, worth = yield from self._validated(network)
         probabilities = softmax(logits_NK)
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         is_balanced = self.recipe.class_weights == "balanced"  # in what chooses, as in what learns
         val_loss = mean_log_loss(probabilities, truth, is_balanced=is_balanced)
         if not isfinite(val_loss):
             raise diverged("validation loss", val_loss, epoch, 0.0)
-        if self.recipe.goal == "scratch" and isinstance(self.feed, Live):
-            told = replace(told, **(yield from self._worth(network.backbone)))
         is_best = val_loss < self.best_loss
         if is_best:
             self.best_loss, self.bookmark.judged = val_loss, logits_NK
@@ -234,6 +230,7 @@ class _Fit:
             }
         return replace(
             told,
+            **worth,
             val_loss=val_loss,
             val_accuracy=point(found, "accuracy"),
             val_balanced_accuracy=point(found, "balanced_accuracy"),
@@ -241,18 +238,35 @@ class _Fit:
             elapsed_s=time.monotonic() - self.started,
         )
 
-    def _worth(self, backbone: Backbone) -> Generator[Counting, None, dict[str, Any]]:
-        """Returns what the features of each stage would be worth to a new head."""
-        rows = np.random.default_rng(0).permutation(self.material.val_rows)[:MOST_WATCHED]
-        labels_N, own = self.material.labels[rows], np.arange(len(rows))
-        through = Stages(backbone)
-        joined = yield from self.infer(through, rows, "features")
-        stages = np.split(joined, through.ends, axis=1)
+    def _validated(
+        self, network: Classifier
+    ) -> Generator[Counting, None, tuple[NDArray[np.float32], dict[str, Any]]]:
+        """Returns the logits of the validation images, and of a network that is to be transferred
+        what the features of each stage would be worth to a new head.
+        """
+        rows = self.material.val_rows
+        if self.recipe.goal != "scratch" or not isinstance(self.feed, Live):
+            return (yield from self.infer(Network(network, self.feed), rows, "validation")), {}
+        order = np.random.default_rng(0).permutation(len(rows))
+        watched, others = np.sort(order[:MOST_WATCHED]), np.sort(order[MOST_WATCHED:])
+        through = Watched(network)
+        joined = yield from self.infer(through, rows[watched], "validation")
+        if not through.ends:  # among several processes one that got no image
+            with evaluating(through), torch.inference_mode():
+                through(self.feed.example())
+        seen, *stages = np.split(joined, through.ends, axis=1)
+        logits_NK = np.zeros((len(rows), seen.shape[1]), np.float32)
+        logits_NK[watched] = seen
+        if len(others):
+            plain = Network(network, self.feed)
+            logits_NK[others] = yield from self.infer(plain, rows[others], "validation")
+        labels_N, own = self.material.labels[rows[watched]], np.arange(len(watched))
         logits = [solve_ridge(features_ND, labels_N, own)[1] for features_ND in stages]
-        return {
+        worth = {
             "effective_rank": effective_rank(stages[-1]),
             "stage_probes": tuple(balanced(each.argmax(axis=1), labels_N) for each in logits),
         }
+        return logits_NK, worth
 
 
 def fit(
