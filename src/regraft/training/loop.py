@@ -260,6 +260,8 @@ class _Fit:
         if len(others):
             plain = Network(network, self.feed)
             logits_NK[others] = yield from self.infer(plain, rows[others], "validation")
+        if not np.isfinite(joined).all():  # the loss says it, if it is worth saying
+            return logits_NK, {}
         labels_N, own = self.material.labels[rows[watched]], np.arange(len(watched))
         logits = [solve_ridge(features_ND, labels_N, own)[1] for features_ND in stages]
         worth = {
