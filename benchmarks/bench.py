@@ -181,10 +181,10 @@ def _write_generated(folder: Path, number: int) -> None:
 def _start() -> None:
     """Trains a VGG16 that all tools start from, and writes its weights for Keras."""
     regraft, run = Path(sys.executable).parent / "regraft", PLACE / "start"
-    if (PLACE / "start.npz").exists():
-        if not subprocess.run([regraft, "verify", run], capture_output=True).returncode:
-            return
-        shutil.rmtree(run, ignore_errors=True)  # of an earlier version
+    verified = subprocess.run([regraft, "verify", run], capture_output=True, check=False)
+    if (PLACE / "start.npz").exists() and not verified.returncode:
+        return
+    shutil.rmtree(run, ignore_errors=True)  # of an earlier version, or cut short
     command = [regraft, "pretrain", SOURCE, "--arch", "vgg16", "--image-size", "64"]
     options = ["--epochs", "8", "--set", "channels=3", "--out", run]
     subprocess.run([*command, *options], check=True)

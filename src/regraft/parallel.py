@@ -25,6 +25,12 @@ def one_thread(function: Function) -> Function:
     return cast(Function, threadpool_limits.wrap(limits=1, user_api="blas")(function))
 
 
+def parts(number: int, most: int) -> list[range]:
+    """Returns ranges of at most so many items that make up `number`, several for each core."""
+    size = max(1, min(most, number // (8 * (os.cpu_count() or 1))))
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
+
+
 def map_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], died: Callable[[Item], Result]
 ) -> Iterator[Result]:

@@ -29,7 +29,7 @@ from regraft.disk import create_array, require_space
 from regraft.documents import read_json, sha256_of
 from regraft.errors import ArtefactError, EnvironmentFault, UsageError
 from regraft.inputs import DECODER, InputSpec
-from regraft.parallel import one_thread
+from regraft.parallel import one_thread, parts
 from regraft.storage import (
     cache_home,
     committed_folder,
@@ -91,7 +91,8 @@ class Cache:
             )
         hashes = [sample.sha256 for sample in dataset.samples]
         folder = cache_home() / _key(hashes, size, channels, dataset.pixel_type)
-        while (cached := _load(folder)) is None:  # again, where another process removed it
+        is_new = False
+        while (cached := _load(folder, is_new)) is None:  # again, where another process removed it
             make_cache(folder.parent)
             remove_leftovers(folder.parent)
             if folder.is_dir() and not is_whole(folder):  # and nobody committed it just now
@@ -100,6 +101,7 @@ class Cache:
             try:
                 try:
                     _fill(folder, dataset, size, channels, on_progress)
+                    is_new = True
                 except EnvironmentFault as fault:
                     try:
                         cached = _decoded(_in_memory, dataset, size, channels, on_progress)
@@ -166,9 +168,9 @@ class Cache:
         return mean, square
 
 
-def _load(folder: Path) -> Cache | None:
-    """Returns the entry, or None where there is none or it is damaged."""
-    if not is_whole(folder):
+def _load(folder: Path, is_new: bool = False) -> Cache | None:
+    """Returns the entry, or None where there is none or it is damaged; a new one was hashed now."""
+    if not is_new and not is_whole(folder):
         return None
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
@@ -241,11 +243,11 @@ def _decoded(
     digests = make("digests", np.uint8, (number, DIGEST_BYTES))
     hashes = make("hashes", np.int8, (number, HASH_SIDE**2 - 1))
 
-    def decode(start: int) -> list[bool | UnreadableImage]:
+    def decode(rows: range) -> list[bool | UnreadableImage]:
         """Stores some images, and returns of each whether it is grey; threads work side by side."""
-        rows = slice(start, min(start + TOGETHER, number))
-        told = [decode_one(row) for row in range(rows.start, rows.stop)]
-        hashes[rows] = perceptual_hashes(images[rows])
+        told = [decode_one(row) for row in rows]
+        own = slice(rows.start, rows.stop)
+        hashes[own] = perceptual_hashes(images[own])
         return told
 
     def decode_one(row: int) -> bool | UnreadableImage:
@@ -265,8 +267,8 @@ def _decoded(
         ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
         return bool((pixels == pixels[..., :1]).all())
 
-    parts = map_in_threads(decode, range(0, number, TOGETHER))
-    for row, found in enumerate(chain.from_iterable(parts)):
+    decoded = map_in_threads(decode, parts(number, TOGETHER))
+    for row, found in enumerate(chain.from_iterable(decoded)):
         if isinstance(found, UnreadableImage):
             broken.append((dataset.samples[row], found))
         else:

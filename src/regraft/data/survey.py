@@ -23,7 +23,7 @@ from regraft.data.listing import Listed
 from regraft.data.looks import TOGETHER, Looks, Seen
 from regraft.data.opening import Reading
 from regraft.errors import DataError
-from regraft.parallel import map_in_processes, one_thread
+from regraft.parallel import map_in_processes, one_thread, parts
 
 ONE_FRAME = ("JPEG", "BMP", "IDX")  # and no patient: their headers tell no more than pixels
 OnRead = Callable[[int, int], None]
@@ -154,10 +154,8 @@ class Survey:
         images: list[Listed] = []
         headers: list[Header] = []
         found: list[tuple[int, Picture]] = []
-        starts = range(0, number, TOGETHER)
-        together = [range(start, min(start + TOGETHER, number)) for start in starts]
-        parts = map_in_processes(read, together, died)
-        for row, (one, more) in enumerate(chain.from_iterable(parts)):
+        surveyed = map_in_processes(read, parts(number, TOGETHER), died)
+        for row, (one, more) in enumerate(chain.from_iterable(surveyed)):
             self._seen += 1
             on_read(self._seen, total)
             image = reading.listing.images[row]
