@@ -95,7 +95,7 @@ class Stage:
         return self.folder / ("one" if kind == "pretrain" else "two")
 
     def begin(self, kind: str, out: Path, on_progress: Any = lambda _: None, **more: Any) -> None:
-        small = {"batch_size": 8, "ema_decay": 0.9, "augment": "natural"}
+        small = {"batch_size": 8, "ema_decay": 0.9, "augment": "natural", "mixup": 0.2}
         told = {"on_progress": on_progress}
         if kind == "pretrain":
             recipe = Recipe.scratch().changed({"image_size": 12, "epochs": 5, **small})

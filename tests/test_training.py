@@ -18,7 +18,7 @@ from regraft.evaluation.predictions import infer, softmax
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
-from regraft.training.feeds import Material
+from regraft.training.feeds import Live, Material, own_share
 from regraft.training.loop import Epoch, Step, fit
 from regraft.training.optim import Average, freeze, make_optimizer, scheduled_lr
 from regraft.training.probe import solve_head
@@ -192,6 +192,47 @@ def test_with_balanced_class_weights_the_epoch_is_chosen_by_a_balanced_loss(
     means = [losses[labels == label].mean() for label in np.unique(labels)]
     assert float(np.mean(means)) == pytest.approx(best, rel=1e-3)
     assert float(losses.mean()) != pytest.approx(best, rel=1e-3)
+
+
+def test_mixup_mixes_images_and_labels_alike(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    recipe = Recipe.scratch().changed({"epochs": 1, "mixup": 0.4, "augment": "none"})
+    recipe = settled(recipe, found)
+    classifier = classifier_of("resnet10t", inputs)
+    seen: list[Tensor] = []
+    logits: list[Tensor] = []
+
+    def see(network: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if network.training:
+            seen.append(given[0].detach())
+
+    def hear(head: nn.Module, _given: object, output: Tensor) -> None:
+        if head.training:
+            logits.append(output.detach())
+
+    classifier.backbone.register_forward_pre_hook(see)
+    classifier.head.register_forward_hook(hear)
+    told = [one for one in fit(classifier, found, recipe, ENGINE) if isinstance(one, Step)]
+    assert told
+    for step, (images, rows) in enumerate(Live(found, inputs, recipe, ENGINE).train_batches(0)):
+        share = own_share(recipe, 0, step)
+        assert 0 < share < 1
+        torch.testing.assert_close(seen[step], share * images + (1 - share) * images.flip(0))
+        labels = torch.from_numpy(found.labels[rows])
+        own, other = (
+            float(nn.functional.cross_entropy(logits[step], each))
+            for each in (labels, labels.flip(0))
+        )
+        assert told[step].loss == pytest.approx(share * own + (1 - share) * other, rel=1e-4)
+
+
+def test_mixup_is_refused_among_several_processes(bars: tuple[Material, InputSpec]) -> None:
+    found, inputs = bars
+    recipe = settled(Recipe.scratch().changed({"epochs": 1, "mixup": 0.4}), found)
+    engine = Engine("cpu", "fp32")
+    engine.shard = (0, 2)
+    with pytest.raises(UsageError, match="mixup"):
+        next(fit(classifier_of("resnet10t", inputs), found, recipe, engine))
 
 
 def test_a_stopped_fit_leaves_the_best_weights(bars: tuple[Material, InputSpec]) -> None:

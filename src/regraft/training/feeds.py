@@ -163,6 +163,14 @@ class Live:
         return backbone(batch)  # type: ignore[no-any-return]
 
 
+def own_share(recipe: Recipe, epoch: int, step: int) -> float:
+    """Returns how much of itself each image of a batch keeps; 1 where none is mixed."""
+    if not recipe.mixup:
+        return 1.0
+    generator = np.random.default_rng((recipe.seed, epoch, step))
+    return float(generator.beta(recipe.mixup, recipe.mixup))
+
+
 class Features(nn.Module):
     """The backbone, from where the batches of a feed enter it."""
 

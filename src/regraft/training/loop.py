@@ -23,12 +23,13 @@ from torch.nn import functional
 
 from regraft.data.batches import ONLY, Rows, ahead, num_batches, part_of
 from regraft.engine import Engine, evaluating
+from regraft.errors import UsageError
 from regraft.evaluation.metrics import log_losses, mean_log_loss, point
 from regraft.evaluation.predictions import Predictions, inferring, softmax
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training.activations import choose_feed
-from regraft.training.feeds import Features, Feed, Live, Material, Network, Watched
+from regraft.training.feeds import Features, Feed, Live, Material, Network, Watched, own_share
 from regraft.training.losses import Losses, StallDetector, Taken, diverged, label_entropy
 from regraft.training.optim import (
     Average,
@@ -151,7 +152,14 @@ class _Fit:
             restore(self.latest, averaged)
         self.saved = saved if "stretch" in values else None
 
-    def loss(self, logits_BK: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    def mixed_loss(self, logits_BK: Tensor, rows: Rows, share: float) -> Tensor:
+        """Returns the loss of images that are their own to this share, else their mirror's."""
+        own = self.loss(logits_BK, rows)
+        if share == 1:
+            return own
+        return share * own + (1 - share) * self.loss(logits_BK, rows[::-1].copy())
+
+    def loss(self, logits_BK: Tensor, rows: Rows) -> Tensor:
         """Returns the mean loss of the whole batch `rows`, of which this process has a part.
 
         Weighted as if one process had it all: the mean over processes is the batch's loss.
@@ -293,11 +301,13 @@ def fit(
             any number of times gives the same bits as one that was never interrupted.
 
     Raises:
-        UsageError: Random weights would stay frozen.
+        UsageError: Random weights would stay frozen, or several processes are to mix images.
         Diverged: The loss is not finite; the classifier holds the best epoch before that.
         NumericError: The loss never leaves the entropy of the labels.
     """
     refuse_frozen_random(classifier.backbone, recipe)
+    if recipe.mixup and engine.shard[1] > 1:
+        raise UsageError("mixup mixes the images of one process", hint="set mixup = 0")
     bookmark = bookmark or Bookmark()
     state = _Fit(classifier, material, recipe, engine, bookmark=bookmark)
     if bookmark.saved is not None:
@@ -354,12 +364,15 @@ def _train(state: _Fit, phase: Phase) -> Iterator[Step | Epoch | Counting]:
         done = stretch.step - stretch.epochs * steps_an_epoch
         coming = state.feed.train_batches(state.epoch, done)
         for batch, rows in ahead(coming, engine.device):
+            share = own_share(recipe, state.epoch, stretch.step)
+            if share < 1:  # each image with the one as far from the end as it is from the start
+                batch = torch.lerp(batch.flip(0), batch, share)
             lr = scheduled_lr(phase, stretch.step, stretch.num_steps)
             set_lr(optimizer, lr)
             with engine.seeded(recipe.seed, state.epoch, stretch.step, engine.shard[0]):
                 with engine.autocast():
                     logits_BK = network(batch)
-                loss = state.loss(logits_BK, rows)
+                loss = state.mixed_loss(logits_BK, rows, share)
                 engine.backward(loss)
             norm = clipped(parameters, recipe.clip_norm)
             losses.add(loss, norm, Taken(stretch.step + 1, state.epoch + 1, lr, rows))

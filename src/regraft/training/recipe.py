@@ -142,6 +142,12 @@ class Recipe(BaseModel):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="0: smoothing harms transferred features (arXiv:2010.16402)"
     )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description="alpha of the Beta distribution by which images and labels are mixed in pairs "
+        "(arXiv:1710.09412, there 0.2); 0: not. Of one process only; a head alone is not mixed",
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
         description="balanced: each class weighs the same in the loss, and in the validation loss "
