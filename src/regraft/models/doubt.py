@@ -21,6 +21,7 @@ from regraft.tensors import MOST_BYTES, packed, unpacked
 DOUBT, REMEMBERED = "doubt.json", "doubt.safetensors"
 MOST_DOUBT_BYTES = 2**16  # of doubt.json: a few numbers; assumed
 DEFAULT_RATE = 0.05  # errors among images that are answered; assumed
+AT_ONCE = 1024  # images compared with all that are remembered: bounds memory, not a result
 
 
 class Band(BaseModel):
@@ -167,7 +168,10 @@ def distances(
     """
     place = min(neighbours, len(remembered_MD)) - 1
     # Sums in double precision: an image must not depend on the others in its table.
-    nearness = unit(features_ND).astype(np.float64) @ remembered_MD.astype(np.float64).T
-    squared = np.partition(2 - 2 * nearness, place, axis=1)[:, place]
-    far: NDArray[np.float64] = np.sqrt(np.maximum(squared, 0))
+    remembered, far = remembered_MD.astype(np.float64), np.empty(len(features_ND))
+    for start in range(0, len(far), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        nearness = unit(features_ND[part]).astype(np.float64) @ remembered.T
+        squared = np.partition(2 - 2 * nearness, place, axis=1)[:, place]
+        far[part] = np.sqrt(np.maximum(squared, 0))
     return far
