@@ -14,7 +14,7 @@ import regraft
 from regraft import api
 from regraft.data.dataset import DataOptions, Dataset
 from regraft.data.duplicates import near_hashes
-from regraft.data.looks import Looks, Seen, hashes_of, perceptual_hashes
+from regraft.data.looks import Looks, Seen, perceptual_hashes
 from regraft.errors import ArtefactError, DataError, UsageError
 from regraft.progress import Note
 from regraft.run import Run
@@ -165,7 +165,7 @@ def test_a_hash_finds_its_picture_turned_and_mirrored_and_no_other() -> None:
     looks = Looks.empty(len(arrays))
     looks.set(np.arange(len(arrays)), [Seen.of(pixels) for pixels in arrays])
     hashes = perceptual_hashes(np.stack(arrays))
-    assert (hashes_of(looks) == hashes).all()
+    assert (looks.hashes() == hashes).all()
     found = near_hashes(hashes, np.arange(30, 37))
     assert [(one, other) for one, other, _ in found] == [(k, 30 + k) for k in range(7)]
 

@@ -7,7 +7,6 @@ and decode rule: the same images in another folder find it again.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from regraft.data.dataset import Dataset, Sample, unreadable_problem, unusable
 from regraft.data.decode import (
     CHUNK,
     UnreadableImage,
+    content_hash,
     map_in_threads,
     read_content,
     read_whole,
@@ -29,7 +29,7 @@ from regraft.disk import create_array, require_space
 from regraft.documents import read_json, sha256_of
 from regraft.errors import ArtefactError, EnvironmentFault, UsageError
 from regraft.inputs import DECODER, InputSpec
-from regraft.parallel import one_thread, parts
+from regraft.parallel import one_thread
 from regraft.storage import (
     cache_home,
     committed_folder,
@@ -91,8 +91,7 @@ class Cache:
             )
         hashes = [sample.sha256 for sample in dataset.samples]
         folder = cache_home() / _key(hashes, size, channels, dataset.pixel_type)
-        is_new = False
-        while (cached := _load(folder, is_new)) is None:  # again, where another process removed it
+        while (cached := _load(folder)) is None:  # again, where another process removed it
             make_cache(folder.parent)
             remove_leftovers(folder.parent)
             if folder.is_dir() and not is_whole(folder):  # and nobody committed it just now
@@ -101,7 +100,6 @@ class Cache:
             try:
                 try:
                     _fill(folder, dataset, size, channels, on_progress)
-                    is_new = True
                 except EnvironmentFault as fault:
                     try:
                         cached = _decoded(_in_memory, dataset, size, channels, on_progress)
@@ -168,9 +166,9 @@ class Cache:
         return mean, square
 
 
-def _load(folder: Path, is_new: bool = False) -> Cache | None:
-    """Returns the entry, or None where there is none or it is damaged; a new one was hashed now."""
-    if not is_new and not is_whole(folder):
+def _load(folder: Path) -> Cache | None:
+    """Returns the entry, or None where there is none or it is damaged."""
+    if not is_whole(folder):
         return None
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
@@ -243,19 +241,12 @@ def _decoded(
     digests = make("digests", np.uint8, (number, DIGEST_BYTES))
     hashes = make("hashes", np.int8, (number, HASH_SIDE**2 - 1))
 
-    def decode(rows: range) -> list[bool | UnreadableImage]:
-        """Stores some images, and returns of each whether it is grey; threads work side by side."""
-        told = [decode_one(row) for row in rows]
-        own = slice(rows.start, rows.stop)
-        hashes[own] = perceptual_hashes(images[own])
-        return told
-
-    def decode_one(row: int) -> bool | UnreadableImage:
+    def decode(row: int) -> bool | UnreadableImage:
+        """Stores an image, and returns whether it is grey; threads work side by side."""
         sample = dataset.samples[row]
         try:
             content = read_content(dataset.root, sample.path)
-            raw = content if isinstance(content, bytes) else content.tobytes()
-            if hashlib.sha256(raw).hexdigest() != sample.sha256:
+            if content_hash(content).hex() != sample.sha256:
                 raise UnreadableImage("changed", "not the bytes that were listed")
             whole = read_whole(content, size=size)
             pixels = with_channels(resized(whole, size), channels)
@@ -267,12 +258,14 @@ def _decoded(
         ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
         return bool((pixels == pixels[..., :1]).all())
 
-    decoded = map_in_threads(decode, parts(number, TOGETHER))
-    for row, found in enumerate(chain.from_iterable(decoded)):
+    for row, found in enumerate(map_in_threads(decode, range(number))):
         if isinstance(found, UnreadableImage):
             broken.append((dataset.samples[row], found))
         else:
             is_grey = is_grey and found
+        if row % TOGETHER == TOGETHER - 1 or row == number - 1:
+            own = slice(row - row % TOGETHER, row + 1)
+            hashes[own] = perceptual_hashes(images[own])
         if on_progress is not None:
             on_progress(row + 1, number)
     if broken:

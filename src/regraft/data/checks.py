@@ -14,7 +14,6 @@ import numpy as np
 from regraft.data.copies import ORDER, Copies
 from regraft.data.dataset import DataOptions
 from regraft.data.finding import ERROR, NOTE, WARNING, FileRef, Finding
-from regraft.data.looks import hashes_of
 from regraft.data.precheck import Known, start_findings
 from regraft.data.survey import Picture, Survey
 from regraft.data.traits import trait_findings
@@ -81,7 +80,7 @@ def check(
         pictures = [survey.pictures[row] for row in rows]
         flat = survey.looks.flat[rows].tolist()
         if known is not None and rows:
-            hashes = hashes_of(survey.looks.taken(np.array(rows, np.int64)))
+            hashes = survey.looks.taken(np.array(rows, np.int64)).hashes()
             found += start_findings(pictures, hashes, known)
         found += _group_findings(pictures)
         is_scaled = options[place].intensity_range is not None

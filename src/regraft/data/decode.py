@@ -5,6 +5,7 @@ differ. A file is taken for what it is, not for what it is called. Values stay a
 nothing is ever clipped, zero-filled or replaced. Every rule is told in docs/formats.md.
 """
 
+import hashlib
 import os
 import stat
 from collections import deque
@@ -30,11 +31,12 @@ from regraft.data.pictures import (
 )
 from regraft.data.pixels import Header, Pixels, UnreadableImage, upright
 from regraft.inputs import InputSpec
+from regraft.parallel import parts
 
 __all__ = [
     "CHUNK", "FORMATS", "IDX_ENTRY", "SUFFIXES", "Header", "Pixels", "UnreadableImage",
-    "as_shown", "encode_png", "has_frames", "map_in_threads", "quiet_codecs", "read_content",
-    "read_header", "read_idx", "read_input", "read_pixels", "read_whole", "sniffed",
+    "as_shown", "content_hash", "encode_png", "has_frames", "map_in_threads", "quiet_codecs",
+    "read_content", "read_header", "read_idx", "read_input", "read_pixels", "read_whole", "sniffed",
 ]  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "DICOM")
@@ -103,6 +105,11 @@ def read_content(root: Path, path: str) -> bytes | Pixels:
         raise UnreadableImage("missing", "no such file") from error
     except OSError as error:
         raise UnreadableImage("unreadable-file", error.strerror or str(error)) from error
+
+
+def content_hash(content: bytes | Pixels) -> bytes:
+    """Returns the SHA-256 of what `read_content` gives."""
+    return hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest()
 
 
 def sniffed(content: bytes) -> str:
@@ -244,14 +251,12 @@ def quiet_codecs() -> Iterator[None]:
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Yields the results in order; Pillow releases the interpreter lock, so all cores decode."""
-    cores = os.cpu_count() or 1
-    group = max(1, min(GROUP, len(items) // (4 * cores)))
     running: deque[Future[list[Result]]] = deque()
-    with quiet_codecs(), ThreadPoolExecutor(cores) as pool:
+    with quiet_codecs(), ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for start in range(0, len(items), group):
-                running.append(pool.submit(_mapped, function, items[start : start + group]))
-                if len(running) * group >= CHUNK:
+            for rows in parts(len(items), GROUP):
+                running.append(pool.submit(_mapped, function, items[rows.start : rows.stop]))
+                if len(running) >= CHUNK // GROUP:
                     yield from running.popleft().result()
             while running:
                 yield from running.popleft().result()

@@ -25,7 +25,7 @@ REDUCED = 96  # what both views are read from
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, by which Pillow makes grey pictures
 RINGS, ANGLES = 16, 64
 HASH_SIDE = 10  # frequencies of each axis in a hash
-TOGETHER = 32  # pictures that a thread compares at once: few calls of numpy; assumed
+TOGETHER = 32  # pictures that are looked at in one call of numpy; assumed
 FLAT = 2.0  # grey values of 255: what varies less shows nothing to compare; assumed
 
 
@@ -68,6 +68,10 @@ class Looks:
                 part = rows[start : start + 4096]
                 array[start : start + len(part)] = array[part]
         return Looks(self.thumbs[: len(rows)], self.discs[: len(rows)], self.flat[: len(rows)])
+
+    def hashes(self) -> NDArray[np.int8]:
+        """Returns the perceptual hash of each picture, from its thumb."""
+        return _hashes(self.thumbs.astype(np.float32), self.flat)
 
     def set(self, rows: Rows, seen: Sequence["Seen"]) -> NDArray[np.float64]:
         """Stores what pictures look like, those of one form together.
@@ -129,11 +133,6 @@ def perceptual_hashes(pixels: NDArray[Any]) -> NDArray[np.int8]:
     """
     reduced = _reduced([Seen.of(one) for one in pixels])
     return _hashes(_thumbs(_stretched(reduced)), _is_flat(reduced, pixels.dtype.name))
-
-
-def hashes_of(looks: Looks) -> NDArray[np.int8]:
-    """Returns the perceptual hash of each picture, from its thumb."""
-    return _hashes(looks.thumbs.astype(np.float32), looks.flat)
 
 
 def _hashes(thumbs: Floats, is_flat: NDArray[np.bool_]) -> NDArray[np.int8]:

@@ -1,6 +1,5 @@
 """Opening a dataset: list, hash, check and split, with all problems told at once."""
 
-import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -9,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from regraft.data.dataset import DataOptions, Dataset, Sample, unreadable_problem, unusable
-from regraft.data.decode import Header, UnreadableImage, map_in_threads, read_content, read_header
+from regraft.data.decode import (
+    Header,
+    UnreadableImage,
+    content_hash,
+    map_in_threads,
+    read_content,
+    read_header,
+)
 from regraft.data.exclusions import Exclusions
 from regraft.data.listing import Listed, Listing, list_folder
 from regraft.data.split import SPLITS, assign_splits, split_problems
@@ -145,8 +151,7 @@ class Reading:
             sha256 = ""
             try:
                 content = read_content(self.root, image.path)
-                raw = content if isinstance(content, bytes) else content.tobytes()
-                sha256 = hashlib.sha256(raw).hexdigest()
+                sha256 = content_hash(content).hex()
                 return sha256, read_header(content)
             except UnreadableImage as error:
                 return sha256, error

@@ -13,6 +13,7 @@ from regraft.data.dataset import DataOptions
 from regraft.data.decode import (
     Header,
     UnreadableImage,
+    content_hash,
     quiet_codecs,
     read_content,
     read_header,
@@ -184,47 +185,50 @@ class Survey:
 
 
 def _read(reading: Reading, place: int, rows: range, looks: Looks) -> list[Read]:
-    """Reads files one by one, and stores what they look like together: numpy's calls are few then.
-
-    Threads that call numpy for small pictures wait for the interpreter most of the time.
-    """
+    """Reads files one by one, and stores what they look like together: numpy's calls are few."""
     read: list[Read] = []
-    shown: list[tuple[int, Seen]] = []
+    seen: list[Seen] = []
     for row in rows:
-        image, sha256 = reading.listing.images[row], ""
-        try:
-            content = read_content(reading.root, image.path)
-            raw = content if isinstance(content, bytes) else content.tobytes()
-            digest = hashlib.sha256(raw).digest()
-            sha256 = digest.hex()
-            kind = sniffed(content) if isinstance(content, bytes) else "IDX"
-            pixels = read_whole(content)
-            header = Header(pixels.shape[:2], pixels.shape[2], pixels.dtype.name)
-            if kind not in ONE_FRAME:  # patients and frames stand in the header
-                header = read_header(content)
-        except UnreadableImage as error:
-            read.append((sha256, error))
-            continue
-        described = Picture(
-            place=place,
-            path=image.path,
-            label=image.label,
-            split=image.split or "train",
-            group=image.group,
-            content=digest,
-            pixels=digest,
-            size=pixels.shape[:2],
-            channels=pixels.shape[2],
-            pixel_type=header.pixel_type,
-            format=kind,
-        )
-        read.append((described, header))
-        shown.append((row, Seen.of(pixels)))
-    means = looks.set(np.array([row for row, _ in shown], np.int64), [seen for _, seen in shown])
-    for (row, seen), (brightness, border) in zip(shown, means.tolist(), strict=True):
-        stored = np.dtype(seen.pixel_type)
+        found = _read_one(reading, place, row)
+        read.append(found[:2])
+        if len(found) == 3:
+            seen.append(found[2])
+    shown = [row for row, (one, _) in zip(rows, read, strict=True) if isinstance(one, Picture)]
+    pictures = [one for one, _ in read if isinstance(one, Picture)]
+    means = looks.set(np.array(shown, np.int64), seen).tolist()
+    for picture, own, (brightness, border) in zip(pictures, seen, means, strict=True):
+        stored = np.dtype(own.pixel_type)
         largest = float(np.iinfo(stored).max) if stored.kind == "u" else 1.0
-        picture = read[row - rows.start][0]
-        assert isinstance(picture, Picture)
         picture.brightness, picture.border = brightness / largest, border / largest
     return read
+
+
+def _read_one(
+    reading: Reading, place: int, row: int
+) -> tuple[Picture, Header, Seen] | tuple[str, UnreadableImage]:
+    image, sha256 = reading.listing.images[row], ""
+    try:
+        content = read_content(reading.root, image.path)
+        digest = content_hash(content)
+        sha256 = digest.hex()
+        kind = sniffed(content) if isinstance(content, bytes) else "IDX"
+        pixels = read_whole(content)
+        header = Header(pixels.shape[:2], pixels.shape[2], pixels.dtype.name)
+        if kind not in ONE_FRAME:  # patients and frames stand in the header
+            header = read_header(content)
+    except UnreadableImage as error:
+        return sha256, error
+    described = Picture(
+        place=place,
+        path=image.path,
+        label=image.label,
+        split=image.split or "train",
+        group=image.group,
+        content=digest,
+        pixels=digest,
+        size=pixels.shape[:2],
+        channels=pixels.shape[2],
+        pixel_type=header.pixel_type,
+        format=kind,
+    )
+    return described, header, Seen.of(pixels)
