@@ -37,10 +37,10 @@ from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import quiet
-from regraft.training.auto import Trial
 from regraft.training.feeds import Material
-from regraft.training.loop import Epoch, fit
+from regraft.training.loop import fit
 from regraft.training.recipe import Recipe
+from regraft.training.records import Epoch, Trial
 
 HALF = ((0.5,) * 3, (0.25,) * 3)
 Found = dict[str, Any]

@@ -16,8 +16,8 @@ from PIL import Image
 
 from regraft import api
 from regraft.training.keeping import Keeper, Stopped
-from regraft.training.loop import Step
 from regraft.training.recipe import Recipe
+from regraft.training.records import Step
 
 SIZE = 224
 

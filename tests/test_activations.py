@@ -20,8 +20,9 @@ from regraft.progress import Counting, Note
 from regraft.storage import cache_home
 from regraft.training import activations
 from regraft.training.feeds import Material
-from regraft.training.loop import Epoch, fit
+from regraft.training.loop import fit
 from regraft.training.recipe import Recipe
+from regraft.training.records import Epoch
 
 MakeShapes = Callable[..., Path]
 NAMES = ("a", "b")

@@ -23,8 +23,8 @@ from regraft.models.classifier import Classifier
 from regraft.progress import Note
 from regraft.run import Run
 from regraft.training.keeping import Stopped
-from regraft.training.loop import Epoch, Step
 from regraft.training.recipe import Recipe
+from regraft.training.records import Epoch, Step
 
 MakeShapes = Callable[..., Path]
 ARCH = "resnet10t"

@@ -20,13 +20,13 @@ from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Note
 from regraft.run import Run
-from regraft.training import auto, loop
-from regraft.training.auto import Trial, tune
+from regraft.training import auto, loop, tuning
+from regraft.training.auto import tune
 from regraft.training.feeds import Material
 from regraft.training.keeping import Stopped
-from regraft.training.loop import Step
 from regraft.training.plan import LEAST_STEPS, Candidate, Plan, make_plan, refuse_unfitting_plan
 from regraft.training.recipe import Phase, Recipe
+from regraft.training.records import Step, Trial
 
 MakeShapes = Callable[..., Path]
 ENGINE = Engine("cpu", "fp32")
@@ -163,14 +163,14 @@ def test_images_that_judge_never_teach(
         assert not len(part.val_rows)
         return fit(classifier, part, *rest, **named)
 
-    logits = auto._Tuning.logits
+    logits = tuning.Tuning.logits
 
     def noted(self: Any, network: Any, rows: Any) -> Any:
         judged.append(set(rows.tolist()))
         return logits(self, network, rows)
 
     monkeypatch.setattr(auto, "fit", watched)
-    monkeypatch.setattr(auto._Tuning, "logits", noted)
+    monkeypatch.setattr(tuning.Tuning, "logits", noted)
     list(tune(start_of(inputs), material, recipe_for(material), ENGINE))
     everything = set(material.train_rows.tolist())
     assert seen[-1] == everything  # the winner learns from all

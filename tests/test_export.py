@@ -19,7 +19,8 @@ from regraft.delivery.deployed import Deployed
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, EnvironmentFault, UsageError
 from regraft.inputs import InputSpec
-from regraft.models.backbone import Backbone, load_timm_folder
+from regraft.models.architectures import load_timm_folder
+from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 
 MakeFolder = Callable[..., Path]

@@ -23,8 +23,8 @@ from regraft.errors import ArtefactError, DataError, UsageError
 from regraft.models.backbone import Backbone
 from regraft.run import Run
 from regraft.training.keeping import Stopped
-from regraft.training.loop import Step
 from regraft.training.recipe import Recipe
+from regraft.training.records import Step
 
 MakeFolder = Callable[..., Path]
 TINY = ("--arch", "resnet10t", "--image-size", "32", "--epochs", "1", "--device", "cpu")

@@ -20,10 +20,11 @@ from regraft.models.classifier import Classifier
 from regraft.run import Run
 from regraft.training import loop
 from regraft.training.feeds import Material
-from regraft.training.loop import Epoch, Step, fit
+from regraft.training.loop import fit
 from regraft.training.losses import Losses, Taken
 from regraft.training.optim import scheduled_lr
 from regraft.training.recipe import Phase, Recipe
+from regraft.training.records import Epoch, Step
 
 MakeShapes = Callable[..., Path]
 ENGINE = Engine("cpu", "fp32")

@@ -18,11 +18,12 @@ from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training import keeping
-from regraft.training.auto import Trial, tune
+from regraft.training.auto import tune
 from regraft.training.feeds import Material
-from regraft.training.loop import Epoch, Step, fit
+from regraft.training.loop import fit
 from regraft.training.plan import Plan
 from regraft.training.recipe import Phase, Recipe
+from regraft.training.records import Epoch, Step, Trial
 from regraft.training.state import Bookmark, Snapshot, completed, differing
 
 MakeShapes = Callable[..., Path]

@@ -26,8 +26,8 @@ from regraft.signals import SAME_S
 from regraft.training import contract as conditions
 from regraft.training import keeping
 from regraft.training.keeping import Keeper, Stopped
-from regraft.training.loop import Step
 from regraft.training.recipe import Recipe
+from regraft.training.records import Step
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),

@@ -19,10 +19,11 @@ from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.training.feeds import Live, Material, own_share
-from regraft.training.loop import Epoch, Step, fit
+from regraft.training.loop import fit
 from regraft.training.optim import Average, freeze, make_optimizer, scheduled_lr
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Phase, Recipe
+from regraft.training.records import Epoch, Step
 
 MakeShapes = Callable[..., Path]
 ENGINE = Engine("cpu", "fp32")

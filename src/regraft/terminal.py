@@ -184,10 +184,8 @@ class Teller:
             self._show_training(record)
 
     def _show_training(self, record: Any) -> None:
-        from regraft.progress import duration
-        from regraft.training.auto import Trial  # torch: not for commands that only look
-        from regraft.training.loop import Epoch, Step
-        from regraft.training.plan import Plan
+        from regraft.training.plan import Plan  # torch: not for commands that only look
+        from regraft.training.records import Epoch, Step, Trial
 
         if isinstance(record, Step):
             told = (

@@ -23,7 +23,7 @@ from regraft.delivery.real_images import RealImages
 from regraft.documents import json_content
 from regraft.engine import evaluating
 from regraft.errors import UsageError
-from regraft.models.backbone import VARIANTS, is_own, load_timm_folder, whole_network
+from regraft.models.architectures import VARIANTS, is_own, load_timm_folder, whole_network
 from regraft.models.classifier import WEIGHTS, Classifier
 from regraft.run import Run
 from regraft.storage import committed_folder, write_file

@@ -8,7 +8,7 @@ from typing import Any
 from regraft.documents import sha256_of
 from regraft.errors import ArtefactError, count, readable, shorten
 from regraft.manifests import MANIFEST, Manifest, verify_manifest
-from regraft.models.backbone import is_own
+from regraft.models.architectures import is_own
 from regraft.models.classifier import (
     MODEL,
     Classifier,

@@ -11,7 +11,8 @@ from regraft.documents import json_content, parse_json
 from regraft.errors import ArtefactError, UsageError, count, shorten
 from regraft.inputs import InputSpec
 from regraft.manifests import Manifest
-from regraft.models.backbone import Backbone, refuse_larger, refuse_unnamed_code
+from regraft.models.architectures import refuse_larger, refuse_unnamed_code
+from regraft.models.backbone import Backbone
 from regraft.models.doubt import Doubt
 from regraft.models.head import Head
 from regraft.run import refuse_existing

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from regraft.engine import evaluating
 from regraft.errors import ArtefactError, count
-from regraft.models.backbone import Backbone, is_own
+from regraft.models.architectures import is_own
+from regraft.models.backbone import Backbone
 from regraft.models.layers import Array, KerasFile, Layer
 from regraft.models.stages import called, dry_run
 

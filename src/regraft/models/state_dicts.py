@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from regraft.errors import ArtefactError
-from regraft.models.backbone import Backbone, is_own, whole_network
+from regraft.models.architectures import is_own, whole_network
+from regraft.models.backbone import Backbone
 from regraft.models.classifier import MODEL, WEIGHTS
 from regraft.models.keras_layers import HeadWeights
 from regraft.models.torch_files import without_prefix

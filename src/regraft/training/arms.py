@@ -20,10 +20,10 @@ from regraft.progress import Note, OnProgress, duration
 from regraft.run import Run
 from regraft.training.comparing import Asked, Done, Ledger
 from regraft.training.keeping import Trained
-from regraft.training.loop import Epoch
 from regraft.training.plan import Plan
 from regraft.training.probe import solve_head
 from regraft.training.recipe import Recipe
+from regraft.training.records import Epoch
 from regraft.training.resuming import Resumption, resume_run
 from regraft.training.session import Session
 from regraft.training.start import Start, transplant_table

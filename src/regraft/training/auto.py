@@ -9,205 +9,34 @@ N images, K classes.
 
 from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from math import inf, isfinite
-from time import monotonic
-from typing import Any
+from dataclasses import replace
+from math import inf
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from regraft.data.batches import ONLY, Rows
+from regraft.data.batches import ONLY
 from regraft.engine import Engine
 from regraft.errors import NumericError
-from regraft.evaluation.calibration import LEAST_IMAGES, calibrated_loss, fit_temperature
+from regraft.evaluation.calibration import LEAST_IMAGES, fit_temperature
 from regraft.evaluation.predictions import inferring
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training.feeds import Live, Material
-from regraft.training.loop import Epoch, Step, fit
+from regraft.training.loop import fit
 from regraft.training.optim import adapting_batch_norm
 from regraft.training.plan import Candidate, Plan, Policy, make_plan
-from regraft.training.probe import Probe, balanced, probe
+from regraft.training.probe import Probe, probe
 from regraft.training.recipe import Recipe
-from regraft.training.state import Bookmark, Snapshot, restore
+from regraft.training.records import Epoch, Step, Trial
+from regraft.training.state import Bookmark
+from regraft.training.tuning import Judging, Trying, Tuning
 
-State = dict[str, Tensor]
-Logits = NDArray[np.float32]  # NK
 BLENDS = (0.25, 0.5, 0.75)  # of the weights before and after training; assumed
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One candidate tried, or the probe.
-
-    Attributes:
-        share: Of the full schedule; 0 for the probe, 1 for the winner.
-        loss: Negative log-likelihood of held-out images at the best temperature; None: diverged.
-        is_best: The classifier holds this one now.
-    """
-
-    candidate: str
-    share: float
-    loss: float | None
-    balanced_accuracy: float | None
-    elapsed_s: float
-    is_best: bool = False
-
-    def to_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns what belongs into trials.jsonl, and what into times.jsonl (wall-clock)."""
-        fields = dict(vars(self))
-        times = {"candidate": self.candidate, "elapsed_s": fields.pop("elapsed_s")}
-        return fields, times
-
-
 Told = Step | Epoch | Note | Counting | Trial | Plan
-Judging = Generator[Counting, None, Logits]
-
-
-@dataclass
-class _Trying:
-    """A trial under way: what its held-out images got so far, by fold, and the first network."""
-
-    logits_NK: Logits
-    done: int = 0
-    first: Classifier | None = None
-
-
-@dataclass
-class _Tuning:
-    """The state of one `tune`.
-
-    Attributes:
-        plan: None until the probe has ended; before that nothing is kept for a resume.
-        probed: The best loss until then.
-        found: Held-out logits of each candidate, the latest.
-        tried: All trials that were told, the probe's too.
-        trying: The trial under way.
-        inner: Of the `fit` under way.
-        has_diverged: Whether the winner did.
-    """
-
-    classifier: Classifier
-    material: Material
-    recipe: Recipe
-    engine: Engine
-    origin: State
-    started: float = field(default_factory=monotonic)
-    best: float = inf
-    plan: Plan | None = None
-    probed: float = inf
-    found: dict[str, Logits] = field(default_factory=dict)
-    tried: list[Trial] = field(default_factory=list)
-    trying: _Trying | None = None
-    inner: Bookmark = field(default_factory=Bookmark)
-    has_diverged: bool = False
-    is_calibrated: bool = False
-
-    def told(self, name: str, share: float) -> Trial | None:
-        """Returns a trial that was told before."""
-        same = (t for t in self.tried if (t.candidate, t.share) == (name, share))
-        return next(same, None)
-
-    def begin(self) -> Bookmark:
-        """Returns the bookmark of the next `fit`: where the last one was, if it goes on."""
-        self.inner = Bookmark(self.inner.saved)
-        return self.inner
-
-    def end(self) -> None:
-        """Forgets the `fit` that has ended."""
-        self.inner = Bookmark()
-
-    def snapshot(self) -> Snapshot | None:
-        if self.plan is None:
-            return None
-        taken = Snapshot({
-            "plan": self.plan.model_dump(mode="json"),
-            "best": self.best if isfinite(self.best) else None,
-            "probed": self.probed if isfinite(self.probed) else None,
-            "tried": [vars(trial) for trial in self.tried],
-            "has_diverged": self.has_diverged,
-            "is_calibrated": self.is_calibrated,
-            "elapsed_s": monotonic() - self.started,
-        })  # fmt: skip
-        taken.put("held", self.classifier.state_dict())
-        taken.put("found", {name: torch.from_numpy(found) for name, found in self.found.items()})
-        if self.trying is not None:
-            taken.values["trying"] = self.trying.done
-            taken.put("trying", {"logits": torch.from_numpy(self.trying.logits_NK)})
-            if self.trying.first is not None:
-                taken.put("first", self.trying.first.state_dict())
-        inner = self.inner.describe() or self.inner.saved
-        if inner is not None:
-            taken.put_inner("fit", inner)
-        return taken
-
-    def restore(self, saved: Snapshot) -> None:
-        """Goes back to where a snapshot was taken."""
-        values = saved.values
-        self.plan = Plan.model_validate(values["plan"])
-        self.best = inf if values["best"] is None else values["best"]
-        self.probed = inf if values["probed"] is None else values["probed"]
-        self.tried = [Trial(**trial) for trial in values["tried"]]
-        self.has_diverged = values["has_diverged"]
-        self.is_calibrated = values["is_calibrated"]
-        self.started -= values["elapsed_s"]
-        restore(self.classifier, saved.get("held"))
-        self.found = {name: found.numpy() for name, found in saved.get("found").items()}
-        if "trying" in values:
-            first = self.fresh() if saved.get("first") else None
-            if first is not None:
-                restore(first, saved.get("first"))
-            logits_NK = saved.get("trying")["logits"].numpy()
-            self.trying = _Trying(logits_NK, values["trying"], first)
-        self.inner = Bookmark(saved.inner("fit"))
-
-    def fresh(self) -> Classifier:
-        """Returns a classifier as it was before any training."""
-        fresh = deepcopy(self.classifier)
-        fresh.load_state_dict(self.origin)
-        return fresh
-
-    def logits(self, network: Classifier, rows: Rows) -> Judging:
-        """Returns what a network says of these rows, not augmented."""
-        live = Live(self.material, network.inputs, self.recipe, self.engine)
-        batches = live.plain_batches(rows)
-        return (yield from inferring(network, batches, self.engine, "held-out", len(rows)))
-
-    def held(self, name: str, share: float, logits_NK: Logits, network: Classifier) -> Trial:
-        """Returns how held-out logits do; the classifier takes the network over if it is best."""
-        loss, accuracy = self.judged(logits_NK)
-        if is_best := loss < self.best:
-            self.best = loss
-            self.classifier.load_state_dict(network.state_dict())
-        return self.note(Trial(name, share, loss, accuracy, self.elapsed_s, is_best))
-
-    def note(self, trial: Trial) -> Trial:
-        """Remembers a trial that is to be told."""
-        self.tried.append(trial)
-        return trial
-
-    @property
-    def elapsed_s(self) -> float:
-        return monotonic() - self.started
-
-    def judged(self, logits_NK: Logits) -> tuple[float, float]:
-        """Returns loss and balanced accuracy of logits of the rows that judge."""
-        labels_N = self.material.labels[self.material.judged]
-        temperature = fit_temperature(logits_NK, labels_N)
-        accuracy = balanced(logits_NK.argmax(axis=1), labels_N)
-        return calibrated_loss(logits_NK, labels_N, temperature), accuracy
-
-    def recipe_of(self, candidate: Candidate, epochs: int) -> Recipe:
-        """Returns the recipe of a candidate on a schedule of so many epochs."""
-        phases = [
-            phase if phase.learns == "head" else phase.model_copy(update={"epochs": epochs})
-            for phase in candidate.phases
-        ]
-        return self.recipe.changed({"phases": tuple(phases), "search": "none"})
 
 
 def tune(
@@ -236,7 +65,7 @@ def tune(
         bookmark: See `fit`; the classifier is as before any training, whatever is gone on from.
     """
     origin = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
-    state = _Tuning(classifier, material, recipe, engine, origin)
+    state = Tuning(classifier, material, recipe, engine, origin)
     bookmark = bookmark or Bookmark()
     if bookmark.saved is not None:
         state.restore(bookmark.saved)
@@ -259,7 +88,7 @@ def tune(
 
 
 def _probe(
-    state: _Tuning, random: Callable[[], Backbone] | None
+    state: Tuning, random: Callable[[], Backbone] | None
 ) -> Generator[Trial | Note | Counting, None, Policy]:
     """Heads on frozen features: a first classifier, the BatchNorm policy, an early warning."""
     own = deepcopy(state.classifier)
@@ -290,7 +119,7 @@ def _probe(
     return policy
 
 
-def _probed(state: _Tuning, backbone: Backbone) -> Generator[Counting, None, Probe]:
+def _probed(state: Tuning, backbone: Backbone) -> Generator[Counting, None, Probe]:
     """Returns the probe of the backbone's features of the training images."""
     live = Live(state.material, backbone.inputs, state.recipe, state.engine)
     rows = state.material.train_rows
@@ -299,13 +128,13 @@ def _probed(state: _Tuning, backbone: Backbone) -> Generator[Counting, None, Pro
     return probe(features_ND, state.material.labels[rows], state.material.train_groups)
 
 
-def _held_out(state: _Tuning, network: Classifier, found: Probe) -> Judging:
+def _held_out(state: Tuning, network: Classifier, found: Probe) -> Judging:
     """Returns logits of the rows that judge, by a head that has not seen them."""
     rows = state.material.val_rows
     return (yield from state.logits(network, rows)) if len(rows) else found.logits_NK
 
 
-def _adapt(state: _Tuning, backbone: Backbone) -> Iterator[Counting]:
+def _adapt(state: Tuning, backbone: Backbone) -> Iterator[Counting]:
     live = Live(state.material, backbone.inputs, state.recipe, state.engine)
     rows = state.material.train_rows
     yield from adapting_batch_norm(
@@ -313,7 +142,7 @@ def _adapt(state: _Tuning, backbone: Backbone) -> Iterator[Counting]:
     )
 
 
-def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[Candidate, float | None]]:
+def _search(state: Tuning, plan: Plan) -> Generator[Told, None, tuple[Candidate, float | None]]:
     """Returns the winner, and its temperature if all images were held out in turn.
 
     In folds nothing is left to compare a full training with: where no candidate was better than the
@@ -339,7 +168,7 @@ def _search(state: _Tuning, plan: Plan) -> Generator[Told, None, tuple[Candidate
 
 
 def _trial(
-    state: _Tuning,
+    state: Tuning,
     plan: Plan,
     candidate: Candidate,
     share: float,
@@ -356,7 +185,7 @@ def _trial(
             for learn, judge in material.folds(plan.folds)
         ]  # fmt: skip
     shape = (len(material.judged), len(state.classifier.class_names))
-    trying = state.trying = state.trying or _Trying(np.zeros(shape, np.float32))
+    trying = state.trying = state.trying or Trying(np.zeros(shape, np.float32))
     problem = None
     try:
         for part, rows, places in judged[trying.done :]:
@@ -383,7 +212,7 @@ def _trial(
     return trial
 
 
-def _finish(state: _Tuning, plan: Plan) -> Generator[Told, None, None]:
+def _finish(state: Tuning, plan: Plan) -> Generator[Told, None, None]:
     """Trains the winner in full; what its validation images like better is kept."""
     winner, material = plan.candidates[0], state.material
     if state.is_calibrated:  # that was the last of it
@@ -416,7 +245,7 @@ def _finish(state: _Tuning, plan: Plan) -> Generator[Told, None, None]:
 
 
 def _full(
-    state: _Tuning, winner: Candidate, epochs: int, network: Classifier
+    state: Tuning, winner: Candidate, epochs: int, network: Classifier
 ) -> Generator[Told, None, None]:
     """Trains the winner; if it is stopped or diverges, its best epoch may still be the best."""
     recipe, bookmark = state.recipe_of(winner, epochs), state.begin()
@@ -438,7 +267,7 @@ def _full(
         yield Note(f"{winner.name}: {str(error).splitlines()[0]}; what was best before is kept")
 
 
-def _blend(state: _Tuning, winner: Candidate, network: Classifier) -> Generator[Told, None, None]:
+def _blend(state: Tuning, winner: Candidate, network: Classifier) -> Generator[Told, None, None]:
     """Weights between those before and after training, if validation likes them better.
 
     Source: Wortsman et al. 2022, arXiv:2109.01903.

@@ -195,16 +195,16 @@ class Network(Features):
         return logits_BK
 
 
-class Watched(nn.Module):
+class Watched(Features):
     """The logits of a classifier, and behind them the features of all stages.
 
     Attributes:
         ends: Where logits and stages end, but for the last.
     """
 
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.backbone, self.head = classifier.backbone, classifier.head
+    def __init__(self, classifier: Classifier, feed: Feed) -> None:
+        super().__init__(classifier.backbone, feed)
+        self.head = classifier.head
         self.ends: tuple[int, ...] = ()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:

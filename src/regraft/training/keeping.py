@@ -20,10 +20,9 @@ from regraft.signals import Ended, Noted, noted
 from regraft.storage import Step as Committed
 from regraft.storage import remove_folder
 from regraft.tensors import MOST_BYTES, packed, unpacked
-from regraft.training.auto import Trial
-from regraft.training.loop import Epoch, Step, to_json
 from regraft.training.losses import SYNC_STEPS, Diverged
 from regraft.training.plan import Plan
+from regraft.training.records import Epoch, Step, Trial
 from regraft.training.state import Bookmark, completed, differing
 
 # Of the time since it began, a training may spend so much on saving: 3 % at most, and what steps
@@ -113,7 +112,7 @@ class Keeper:
         if isinstance(told, Epoch):
             self.best = told.epoch if told.is_best else self.best
             if writes:
-                self.run.append_epoch(*to_json(told))
+                self.run.append_epoch(*told.to_json())
         elif isinstance(told, Trial):
             self.chosen = told.candidate if told.is_best else self.chosen
             if writes:

@@ -13,23 +13,21 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.data.batches import ONLY, Rows, ahead, num_batches, part_of
-from regraft.engine import Engine, evaluating
+from regraft.engine import Engine
 from regraft.errors import UsageError
 from regraft.evaluation.metrics import log_losses, mean_log_loss, point
-from regraft.evaluation.predictions import Predictions, inferring, softmax
+from regraft.evaluation.predictions import Predictions, softmax
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting, Note
 from regraft.training.activations import choose_feed
-from regraft.training.feeds import Features, Feed, Live, Material, Network, Watched, own_share
+from regraft.training.feeds import Features, Feed, Live, Material, Network, own_share
 from regraft.training.losses import Losses, StallDetector, Taken, diverged, label_entropy
 from regraft.training.optim import (
     Average,
@@ -42,52 +40,11 @@ from regraft.training.optim import (
     scheduled_lr,
     set_lr,
 )
-from regraft.training.probe import balanced, effective_rank, solve_head, solve_ridge
+from regraft.training.probe import solve_head
 from regraft.training.recipe import Phase, Recipe
+from regraft.training.records import Epoch, Step
 from regraft.training.state import Bookmark, Snapshot, moments, restore, restore_moments
-
-Inferring = Generator[Counting, None, NDArray[np.float32]]
-MOST_WATCHED = 1000  # validation images whose features are looked at each epoch: under 1 s
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step."""
-
-    epoch: int
-    num_epochs: int
-    step: int
-    num_steps: int
-    loss: float
-    lr: float
-    images_per_s: float
-    left_s: float
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the training images, and how the averaged weights do on validation.
-
-    A head that is solved is the epoch before the next one: 0 at the start. Without validation
-    images the validation figures are None.
-
-    Attributes:
-        effective_rank: Of the features of the validation images, see `probe`; from scratch only.
-        stage_probes: Balanced accuracy of a ridge head on the features of each stage, validation
-            images left out in turn; from scratch only.
-    """
-
-    epoch: int
-    num_epochs: int
-    learns: str
-    train_loss: float
-    elapsed_s: float
-    val_loss: float | None = None
-    val_accuracy: float | None = None
-    val_balanced_accuracy: float | None = None
-    is_best: bool = False
-    effective_rank: float | None = None
-    stage_probes: tuple[float, ...] = ()
+from regraft.training.validation import outputs, validated
 
 
 @dataclass
@@ -201,11 +158,6 @@ class _Fit:
         buffers = {name for name, _ in self.classifier.named_buffers()}
         return frozenset(self.classifier.state_dict()) - (frozen - buffers)
 
-    def infer(self, network: nn.Module, rows: Rows, what: str) -> Inferring:
-        """Returns the network's outputs for these rows, and tells how far it is."""
-        batches = self.feed.plain_batches(rows)
-        return (yield from inferring(network, batches, self.engine, what, len(rows)))
-
     def close_epoch(
         self, network: Classifier, learns: str, train_loss: float
     ) -> Generator[Counting, None, Epoch]:
@@ -222,7 +174,9 @@ class _Fit:
         if not len(rows):
             return told
         truth, names = self.material.labels[rows], self.classifier.class_names
-        logits_NK, worth = yield from self._validated(network)
+        logits_NK, worth = yield from validated(
+            network, self.feed, self.material, self.recipe, self.engine
+        )
         probabilities = softmax(logits_NK)
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
         is_balanced = self.recipe.class_weights == "balanced"  # in what chooses, as in what learns
@@ -245,38 +199,6 @@ class _Fit:
             is_best=is_best,
             elapsed_s=time.monotonic() - self.started,
         )
-
-    def _validated(
-        self, network: Classifier
-    ) -> Generator[Counting, None, tuple[NDArray[np.float32], dict[str, Any]]]:
-        """Returns the logits of the validation images, and of a network that is to be transferred
-        what the features of each stage would be worth to a new head.
-        """
-        rows = self.material.val_rows
-        if self.recipe.goal != "scratch" or not isinstance(self.feed, Live):
-            return (yield from self.infer(Network(network, self.feed), rows, "validation")), {}
-        order = np.random.default_rng(0).permutation(len(rows))
-        watched, others = np.sort(order[:MOST_WATCHED]), np.sort(order[MOST_WATCHED:])
-        through = Watched(network)
-        joined = yield from self.infer(through, rows[watched], "validation")
-        if not through.ends:  # among several processes one that got no image
-            with evaluating(through), torch.inference_mode():
-                through(self.feed.example())
-        seen, *stages = np.split(joined, through.ends, axis=1)
-        logits_NK = np.zeros((len(rows), seen.shape[1]), np.float32)
-        logits_NK[watched] = seen
-        if len(others):
-            plain = Network(network, self.feed)
-            logits_NK[others] = yield from self.infer(plain, rows[others], "validation")
-        if not np.isfinite(joined).all():  # the loss says it, if it is worth saying
-            return logits_NK, {}
-        labels_N, own = self.material.labels[rows[watched]], np.arange(len(watched))
-        logits = [solve_ridge(features_ND, labels_N, own)[1] for features_ND in stages]
-        worth = {
-            "effective_rank": effective_rank(stages[-1]),
-            "stage_probes": tuple(balanced(each.argmax(axis=1), labels_N) for each in logits),
-        }
-        return logits_NK, worth
 
 
 def fit(
@@ -340,7 +262,7 @@ def _solve(state: _Fit, phase: Phase) -> Iterator[Epoch | Counting]:
     rows, folds = material.for_head()
     number = len(material.train_rows)
     through = Features(classifier.backbone, state.feed)
-    features_ND = yield from state.infer(through, rows, "features")
+    features_ND = yield from outputs(through, rows, state.engine, "features")
     labels_N = material.labels[rows]
     is_balanced = state.recipe.class_weights == "balanced"
     solution = solve_head(features_ND, labels_N, folds, balanced=is_balanced)
@@ -460,10 +382,3 @@ class _Pace:
             state.epoch + 1, state.recipe.num_epochs, step, num_steps, loss, lr,
             self.images / elapsed, left_s,
         )  # fmt: skip
-
-
-def to_json(record: Epoch) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what belongs into metrics.jsonl, and what into times.jsonl (wall-clock)."""
-    fields = dict(vars(record))
-    times = {"epoch": record.epoch, "elapsed_s": fields.pop("elapsed_s")}
-    return fields, times

@@ -8,7 +8,8 @@ from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError, count
 from regraft.inputs import InputSpec
 from regraft.locks import writing
-from regraft.models.backbone import Backbone, is_own
+from regraft.models.architectures import is_own
+from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
 from regraft.progress import Note, OnProgress
 from regraft.run import FINISHED, RUNNING, Run
