@@ -22,6 +22,7 @@ from regraft import api, disk, faults
 from regraft.run import Run
 from regraft.training import keeping
 from regraft.training.keeping import Keeper
+from regraft.training.plan import Plan
 from regraft.training.recipe import Phase, Recipe
 
 KINDS = ("pretrain", "head", "full", "auto")
@@ -107,7 +108,7 @@ class Stage:
         if kind == "auto":
             recipe = recipe.changed({"epochs": 3})
             if not more:
-                more = {"plan": api.read_plan(self.folder / "planned" / "plan.json")}
+                more = {"plan": Plan.read(self.folder / "planned" / "plan.json")}
         start = self.folder / "start"
         api.finetune(
             self.data(kind), out=out, start=start, arch=self.arch, recipe=recipe, **told, **more

@@ -205,7 +205,7 @@ def test_finetune_searches_unless_told_and_the_run_says_what_was_tried(
     run = api.finetune(target, out=tmp_path / "run", start=tmp_path / "source", recipe=quick)
     assert run.status["chosen"] in {trial["candidate"] for trial in run.trials()}
     assert {sample["split"] for sample in run.samples()} == {"train", "test"}  # few: in folds
-    plan = api.read_plan(run.folder / "plan.json")
+    plan = Plan.read(run.folder / "plan.json")
     assert plan.folds == 3
     again = api.finetune(
         target, out=tmp_path / "again", start=tmp_path / "source", recipe=quick, plan=plan
@@ -303,15 +303,15 @@ def test_both_arms_are_searched_and_the_control_has_at_least_as_many_steps(
         recipe=quick,
         fractions=(0.5, 1.0),
     )
-    plans = {arm: api.read_plan(tmp_path / "c" / f"{arm}-0" / "plan.json") for arm in ARMS}
+    plans = {arm: Plan.read(tmp_path / "c" / f"{arm}-0" / "plan.json") for arm in ARMS}
     assert plans["scratch"].epochs == 2 * plans["transfer"].epochs
     assert plans["scratch"].seconds / plans["scratch"].seconds_per_step >= (
         plans["transfer"].seconds / plans["transfer"].seconds_per_step
     )
     for arm in ARMS:
         first, second = (Run.open(tmp_path / "c" / f"{arm}-{seed}") for seed in (0, 1))
-        winner = api.read_plan(first.folder / "winner.json").candidates
-        assert api.read_plan(second.folder / "plan.json").candidates == winner
+        winner = Plan.read(first.folder / "winner.json").candidates
+        assert Plan.read(second.folder / "plan.json").candidates == winner
         shares = {trial["share"] for trial in second.trials()}
         assert shares <= {0, 1}, "the choice is not made again"
         half = Run.open(tmp_path / "c" / f"{arm}@0.5-0")

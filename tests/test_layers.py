@@ -58,7 +58,8 @@ LAZY = {
 WITHOUT_TORCH = {
     "errors.py", "faults.py", "documents.py", "disk.py", "manifests.py", "storage.py",
     "changing.py", "locks.py", "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
-    *COMMANDS, "training/recipe.py", "data/dataset.py",
+    *COMMANDS, "training/recipe.py", "training/settings.py", "training/records.py",
+    "parallel.py", "data/dataset.py",
 }  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 UNSAFE_CALLS = {

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import UsageError
-from regraft.training.recipe import Phase, Recipe, parse_assignments
+from regraft.training.recipe import Phase, Recipe
+from regraft.training.settings import parse_assignments
 
 
 def resolved(recipe: Recipe, images: int = 2000, norm: str = "batch", grey: bool = False) -> Recipe:

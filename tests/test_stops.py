@@ -26,6 +26,7 @@ from regraft.signals import SAME_S
 from regraft.training import contract as conditions
 from regraft.training import keeping
 from regraft.training.keeping import Keeper, Stopped
+from regraft.training.plan import Plan
 from regraft.training.recipe import Recipe
 from regraft.training.records import Step
 
@@ -412,7 +413,7 @@ def test_a_comparison_tells_once_how_long_the_trainings_left_take(
     assert told[first].startswith(place) and told[first].endswith(end)
     if strategy == "auto":
         transfer, scratch = (
-            api.read_plan(out / arm / "winner.json").seconds for arm in ("transfer-0", "scratch-0")
+            Plan.read(out / arm / "winner.json").seconds for arm in ("transfer-0", "scratch-0")
         )
         total = sum((transfer, scratch, *[transfer / 2, scratch / 2] * 2))
         assert told[first] == f"{place}{duration(total)}{end}"

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from regraft.changing import replace_files
 from regraft.data.cache import Cache
 from regraft.data.checks import Checked, check_data
@@ -23,9 +21,9 @@ from regraft.delivery.report import write_report
 from regraft.delivery.service import Service, web_part
 from regraft.delivery.verification import verify as verified
 from regraft.disk import require_writable
-from regraft.documents import json_content, read_json
+from regraft.documents import json_content
 from regraft.engine import Engine
-from regraft.errors import ArtefactError, UsageError
+from regraft.errors import UsageError
 from regraft.evaluation.compare import LEAST_SEEDS
 from regraft.evaluation.explain import write_explanations
 from regraft.evaluation.judging import refuse_unmeasured
@@ -63,6 +61,7 @@ from regraft.training.recipe import Recipe
 from regraft.training.resuming import Resumption, resume_run
 from regraft.training.session import DEFAULT_SIZE, Session
 from regraft.training.start import Start, transplant_table
+from regraft.training.validation import worth_of_features
 
 Data = str | Path | Dataset
 Place = str | Path
@@ -93,7 +92,7 @@ def pretrain(
     recipe = session.resolved(recipe, backbone)
     session.estimate(backbone, recipe)
     run = session.train(backbone, recipe, Path(out), {"verb": "pretrain"}).run
-    session.on_progress(Note(_worth_of_features(run)))
+    session.on_progress(Note(worth_of_features(run)))
     return run
 
 
@@ -473,41 +472,6 @@ def verify(folder: Place) -> dict[str, Any]:
         `files`, `bytes`, `not_vouched_for`, `lineage` and `weights_from_elsewhere`.
     """
     return verified(Path(folder)).to_json()
-
-
-def read_plan(file: Place) -> Plan:
-    """Returns the plan of an earlier search.
-
-    Raises:
-        ArtefactError: The file is missing, or no plan.
-    """
-    document = read_json(Path(file))
-    try:
-        return Plan.model_validate(document)
-    except ValidationError as error:
-        raise ArtefactError(
-            f"`{file}` is no plan: {error.errors()[0]['msg']}",
-            hint="name the plan.json or winner.json of a Run",
-        ) from error
-
-
-def _worth_of_features(run: Run) -> str:
-    """Returns what the features of the last epoch promise for a transfer."""
-    last, number = run.epochs()[-1], len(run.class_names)
-    if last["effective_rank"] is None:
-        return "features: nothing to tell, no validation images saw the whole network"
-    probes = " ".join(f"{score:.3f}" for score in last["stage_probes"])
-    told = (
-        f"features: effective rank {last['effective_rank']:.1f}; balanced accuracy of a ridge head "
-        f"on each stage, from the stem to the top: {probes}"
-    )
-    most = min(number, run.record["data"]["splits"]["val"])
-    if last["effective_rank"] < most - 1:
-        told += (
-            f"\nwarning: the features use fewer directions than {number} classes need: they have "
-            "collapsed, and other classes may find nothing in them"
-        )
-    return told
 
 
 def _opened(data: Data, out: Path) -> Dataset:

@@ -115,7 +115,8 @@ class TrainingArguments:
     """Compile the network first: minutes at the start, faster steps on a GPU."""
 
     def settled(self, default: "Recipe") -> "Recipe":
-        from regraft.training.recipe import Recipe, parse_assignments
+        from regraft.training.recipe import Recipe
+        from regraft.training.settings import parse_assignments
 
         chosen = default if self.recipe is None else Recipe.from_toml(self.recipe)
         own = {name: getattr(self, name) for name in ("epochs", "lr", "batch_size", "seed")}

@@ -87,10 +87,11 @@ def finetune(
         Exceptions from the exact merge: `channels`, or new:PATTERN of tensors.
     """
     from regraft import api
+    from regraft.training.plan import Plan
 
     start = required_start(start, strategy)
     chosen = training.transfer(strategy)
-    repeated = None if plan is None else api.read_plan(plan)
+    repeated = None if plan is None else Plan.read(plan)
     with progress() as told:
         run = api.finetune(
             reading.open(data, told),

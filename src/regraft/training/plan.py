@@ -1,14 +1,16 @@
 """Plan: what a search will try, and for how long; made once, repeatable, plain data."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from regraft.data.batches import num_batches
+from regraft.documents import read_json
 from regraft.engine import Engine
-from regraft.errors import UsageError
+from regraft.errors import ArtefactError, UsageError
 from regraft.models.backbone import Backbone
 from regraft.progress import duration
 from regraft.training.feeds import Material
@@ -64,6 +66,22 @@ class Plan(BaseModel):
     steps_per_epoch: int
     seconds_per_step: float
     temperature: float | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> "Plan":
+        """Returns the plan of an earlier search.
+
+        Raises:
+            ArtefactError: The file is missing, or no plan.
+        """
+        document = read_json(file)
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ArtefactError(
+                f"`{file}` is no plan: {error.errors()[0]['msg']}",
+                hint="name the plan.json or winner.json of a Run",
+            ) from error
 
     @property
     def seconds(self) -> float:

@@ -6,15 +6,15 @@ backbone and the number of images; what they became is stored in the Run.
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from regraft.errors import RegraftError, UsageError
+from regraft.errors import UsageError
+from regraft.training.settings import refusal, toml
 
 Auto = Literal["auto"]
 STEPS_TO_LEARN = 500  # for fewer than 20,000 images: BiT-HyperRule, arXiv:1912.11370
@@ -145,8 +145,9 @@ class Recipe(BaseModel):
     mixup: float = Field(
         0.0,
         ge=0,
-        description="alpha of the Beta distribution by which images and labels are mixed in pairs "
-        "(arXiv:1710.09412, there 0.2); 0: not. Of one process only; a head alone is not mixed",
+        description="alpha of the Beta distribution by which images (or stored activations) and "
+        "labels are mixed in pairs (arXiv:1710.09412, there 0.2); 0: not. Of one process only; a "
+        "head alone is not mixed",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
@@ -372,69 +373,19 @@ class Recipe(BaseModel):
         lines = ["# A recipe for `regraft pretrain` or `finetune --recipe FILE`.", ""]
         for name, field in type(self).model_fields.items():
             if name != "phases":
-                lines += [f"# {field.description}", f"{name} = {_toml(getattr(self, name))}", ""]
+                lines += [f"# {field.description}", f"{name} = {toml(getattr(self, name))}", ""]
         for number, phase in enumerate(self.phases, start=1):
             lines += [f"# phase {number}", "[[phases]]"]
             for name, field in Phase.model_fields.items():
                 comment = [f"# {field.description}"] if number == 1 else []
-                lines += [*comment, f"{name} = {_toml(getattr(phase, name))}"]
+                lines += [*comment, f"{name} = {toml(getattr(phase, name))}"]
             lines.append("")
         return "\n".join(lines)
-
-
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Reads `key=value` pairs (values as in TOML; bare words are text).
-
-    Raises:
-        UsageError: A pair has no `=`.
-    """
-    changes: dict[str, Any] = {}
-    for assignment in assignments:
-        key, separator, value = assignment.partition("=")
-        if not separator:
-            raise UsageError(f"`--set {assignment}` has no `=`", hint="write `--set key=value`")
-        try:
-            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except ValueError:
-            changes[key.strip()] = value.strip()
-    return changes
 
 
 def _validated(document: Mapping[str, Any], what: str) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        entries = error.errors(include_url=False)
-        # A phase that does not validate is also missing from the tuple: one mistake, told once.
-        inner = [entry for entry in entries if entry["loc"] != ("phases",)]
-        problems = [_problem(entry) for entry in inner or entries]
-        raise _refusal(what, problems) from error
-
-
-def _refusal(what: str, problems: list[str]) -> RegraftError:
-    number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return UsageError(
-        f"{what} cannot be used: {number}",
-        problems=problems,
-        hint="`regraft recipe scratch` prints every key with its meaning",
-    )
-
-
-def _problem(entry: Any) -> str:
-    # Discriminators of unions ("literal", "int") stand in the location: keep keys and numbers.
-    place = [part for part in entry["loc"] if isinstance(part, int) or part.isidentifier()]
-    key = str(place[-1]) if place else ""
-    if entry["type"] == "extra_forbidden":
-        fields = Phase.model_fields if "phases" in place else Recipe.model_fields
-        close = get_close_matches(key, [*fields, "epochs", "lr"], n=1)
-        return f"unknown key `{key}`" + (f"; did you mean `{close[0]}`?" if close else "")
-    shown = ".".join(str(part) for part in place if part not in ("int", "float"))
-    return f"`{shown}`: {entry['msg'].removeprefix('Value error, ')}, not `{entry['input']}`"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+        known = [*Recipe.model_fields, "epochs", "lr"]
+        raise refusal(what, error, known, {"phases": list(Phase.model_fields)}) from error

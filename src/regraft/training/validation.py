@@ -15,6 +15,7 @@ from regraft.engine import Engine, evaluating
 from regraft.evaluation.predictions import inferring
 from regraft.models.classifier import Classifier
 from regraft.progress import Counting
+from regraft.run import Run
 from regraft.training.feeds import Features, Feed, Live, Material, Network, Watched
 from regraft.training.probe import balanced, effective_rank, solve_ridge
 from regraft.training.recipe import Recipe
@@ -65,3 +66,22 @@ def _worth(stages: Sequence[Floats], labels_N: NDArray[np.int64]) -> dict[str, A
         "effective_rank": effective_rank(stages[-1]),
         "stage_probes": tuple(balanced(each.argmax(axis=1), labels_N) for each in logits),
     }
+
+
+def worth_of_features(run: Run) -> str:
+    """Returns what the features of the last epoch promise for a transfer."""
+    last, number = run.epochs()[-1], len(run.class_names)
+    if last["effective_rank"] is None:
+        return "features: nothing to tell, no validation images saw the whole network"
+    probes = " ".join(f"{score:.3f}" for score in last["stage_probes"])
+    told = (
+        f"features: effective rank {last['effective_rank']:.1f}; balanced accuracy of a ridge head "
+        f"on each stage, from the stem to the top: {probes}"
+    )
+    most = min(number, run.record["data"]["splits"]["val"])
+    if last["effective_rank"] < most - 1:
+        told += (
+            f"\nwarning: the features use fewer directions than {number} classes need: they have "
+            "collapsed, and other classes may find nothing in them"
+        )
+    return told
