@@ -59,8 +59,9 @@ def _environment(tool: str) -> Path:
     if not ready.exists():
         print(f"  setting up {tool} ...", file=sys.stderr, flush=True)
         venv.create(python.parents[1])
-        uv = [Path(sys.executable).parent / "uv", "pip", "install", "--quiet", "--python", python]
-        subprocess.run([*uv, *PEERS[tool].split()], check=True)
+        uv = str(Path(sys.executable).parent / "uv")
+        install = [uv, "pip", "install", "--quiet", "--python", str(python)]
+        subprocess.run([*install, *PEERS[tool].split()], check=True)
         ready.touch()
     return python
 
@@ -185,8 +186,8 @@ def _start() -> None:
     if (PLACE / "start.npz").exists() and not verified.returncode:
         return
     shutil.rmtree(run, ignore_errors=True)  # of an earlier version, or cut short
-    command = [regraft, "pretrain", SOURCE, "--arch", "vgg16", "--image-size", "64"]
-    options = ["--epochs", "8", "--set", "channels=3", "--out", run]
+    command = [str(regraft), "pretrain", str(SOURCE), "--arch", "vgg16", "--image-size", "64"]
+    options = ["--epochs", "8", "--set", "channels=3", "--out", str(run)]
     subprocess.run([*command, *options], check=True)
     state = load_file(PLACE / "start" / "final" / "model.safetensors")
     inputs = json.loads((PLACE / "start" / "final" / "model.json").read_text())["inputs"]
@@ -198,7 +199,7 @@ def _start() -> None:
     for number, name in enumerate(names):
         arrays[f"kernel{number}"] = state[name].transpose(2, 3, 1, 0)
         arrays[f"bias{number}"] = state[name.replace("weight", "bias")]
-    np.savez(PLACE / "start.npz", **arrays)
+    np.savez(PLACE / "start.npz", allow_pickle=False, **arrays)
 
 
 def _table(name: str, rows: list[Row]) -> str:

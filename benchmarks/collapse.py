@@ -8,7 +8,6 @@ left out as a whole). Prints mean and spread over seeds.
 """
 
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -75,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -55,7 +55,7 @@ def seeds(folder: Path | None) -> list[bytes]:
             stream = io.BytesIO()
             np.save(stream, values)
             made.append(stream.getvalue())
-    made.append(imagecodecs.png_encode(colour.astype(np.uint16) * 200))
+    made.append(bytes(imagecodecs.png_encode(colour.astype(np.uint16) * 200)))
     files = sorted(folder.rglob("*")) if folder else []
     return made + [f.read_bytes() for f in files if f.is_file() and f.stat().st_size < 200_000]
 

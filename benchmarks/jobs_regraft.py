@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +166,8 @@ def scratch_limit(folder: Path, arch: str) -> Found:
     for images_BCHW in ready:
         with engine.autocast():
             logits_BK = classifier(images_BCHW)
-        nn.functional.cross_entropy(logits_BK, labels).backward()
+        loss = nn.functional.cross_entropy(logits_BK, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     return {"seconds": time.perf_counter() - began, "images": 16 * len(ready)}
@@ -263,7 +265,7 @@ def memory(folder: Path) -> Found:
 
 if __name__ == "__main__":
     job, place = sys.argv[1], Path(sys.argv[2])
-    jobs = {
+    jobs: dict[str, Callable[[], object]] = {
         "frozen": lambda: frozen(place),
         "frozen-limit": lambda: frozen_limit(place),
         "first": lambda: first(place),

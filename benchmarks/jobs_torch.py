@@ -75,7 +75,7 @@ def frozen(folder: Path, precision: str, epochs: int) -> dict[str, object]:
             with autocast:
                 loss = nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         right = 0
         with torch.no_grad(), autocast:
@@ -95,7 +95,7 @@ def scratch(folder: Path, arch: str) -> dict[str, object]:
     for batch, labels in images:
         loss = nn.functional.cross_entropy(network(batch), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {"seconds": time.perf_counter() - began}
 

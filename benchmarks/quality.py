@@ -45,7 +45,8 @@ from regraft.training.auto import tune
 from regraft.training.feeds import Material
 from regraft.training.loop import fit
 from regraft.training.recipe import Phase, Recipe
-from regraft.training.session import POOLED_BELOW, Start
+from regraft.training.session import POOLED_BELOW
+from regraft.training.start import Start
 
 ARCH = f"{HERE / 'small_vgg.py'}:net"
 RESULTS = HERE / "results" / "quality"
