@@ -377,7 +377,7 @@ def test_the_run_folder_holds_what_the_design_says(start: Path) -> None:
     assert set(record["versions"]) == {"python"} | packages
     assert [epoch["epoch"] for epoch in run.epochs()] == [1, 2, 3, 4]
     assert "elapsed_s" not in run.epochs()[0]
-    samples = run.samples()
+    samples = list(run.samples())
     assert len(samples) == 60
     assert {sample["split"] for sample in samples} == {"train", "val", "test"}
     assert not list(start.rglob("*.tmp"))

@@ -167,4 +167,4 @@ def read_log(path: Path) -> list[Any]:
         content = read_verified(path.parent, path.name)
     else:
         content = read_regular(path, MOST_JSON_BYTES)
-    return parse_json_lines(content[: len(content) - len(cut_off(content))], path)
+    return list(parse_json_lines(content[: len(content) - len(cut_off(content))], path))

@@ -1,22 +1,23 @@
 """Run: one training on disk. Reads and writes the folder; computes nothing, needs no torch."""
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from regraft.changing import append_json_line, read_log, replace_files
 from regraft.documents import (
     json_content,
+    json_lines_content,
     parse_json_lines,
     read_sealed,
     sha256_of,
-    to_json_lines,
 )
 from regraft.errors import ArtefactError, UsageError, shorten
 from regraft.manifests import MANIFEST, read_document, read_verified
@@ -70,9 +71,6 @@ class _Line(BaseModel):
         return self
 
 
-_Lines = TypeAdapter(list[_Line])
-
-
 @dataclass(frozen=True)
 class Run:
     """The folder of one training.
@@ -110,8 +108,8 @@ class Run:
         document["id"] = sha256_of(document)[:16]
         make_folder(folder)
         contents = {
-            "samples.jsonl": to_json_lines(samples).encode("ascii"),
-            "lineage.jsonl": to_json_lines(seen).encode("ascii"),
+            "samples.jsonl": json_lines_content(samples),
+            "lineage.jsonl": json_lines_content(seen),
             "status.json": json_content({"state": RUNNING}),
             **({} if plan is None else {"plan.json": json_content(plan)}),
             "run.json": json_content(document),  # the last: with it the folder is a Run
@@ -173,8 +171,12 @@ class Run:
     def _document_if_there(self, name: str) -> dict[str, Any] | None:
         return self._document(name) if (self.folder / name).is_file() else None
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Every image of the dataset: path, sha256, class, split, group; or path and `excluded`."""
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Every image of the dataset: path, sha256, class, split, group; or path and `excluded`.
+
+        Raises:
+            ArtefactError: The file is missing, or not the one that was saved.
+        """
         return self._lines("samples.jsonl")
 
     def seen(self) -> dict[str, str]:
@@ -183,35 +185,35 @@ class Run:
         An image that any training or validation of the lineage has seen is `train` or `val`, even
         if it is a test image here.
         """
-        own = [sample for sample in self.samples() if "sha256" in sample]
+        own = (sample for sample in self.samples() if "sha256" in sample)
         rank = {"test": 0, "val": 1, "train": 2}
         seen: dict[str, str] = {}
-        for sample in (*own, *self._lines("lineage.jsonl")):
+        for sample in chain(own, self._lines("lineage.jsonl")):
             before = seen.get(sample["sha256"], "test")
             seen[sample["sha256"]] = max(before, sample["split"], key=rank.__getitem__)
         return seen
 
     def hashes(self) -> dict[str, str]:
         """Content hash to perceptual hash, of the same images where it is known."""
-        lines = (*self.samples(), *self._lines("lineage.jsonl"))
+        lines = chain(self.samples(), self._lines("lineage.jsonl"))
         return {one["sha256"]: one["phash"] for one in lines if one.get("phash")}
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         # Without its record of images a Run would take any image for an unseen one.
         if not (self.folder / name).is_file():
             raise ArtefactError(
                 f"`{self.folder / name}` is missing", hint="restore the folder from a copy"
             )
         lines = parse_json_lines(read_verified(self.folder, name), self.folder / name)
-        try:
-            _Lines.validate_python(lines)
-        except ValidationError as error:
-            number = int(error.errors()[0]["loc"][0]) + 1
-            raise ArtefactError(
-                f"`{self.folder / name}` line {number} is no record of an image",
-                hint="restore the file from a copy",
-            ) from error
-        return lines
+        for number, line in enumerate(lines, start=1):
+            try:
+                _Line.model_validate(line)
+            except ValidationError as error:
+                raise ArtefactError(
+                    f"`{self.folder / name}` line {number} is no record of an image",
+                    hint="restore the file from a copy",
+                ) from error
+            yield line
 
     def append_epoch(self, epoch: Mapping[str, Any], times: Mapping[str, Any]) -> None:
         append_json_line(self.folder / "metrics.jsonl", epoch)

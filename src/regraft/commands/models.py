@@ -248,9 +248,9 @@ def _written(
     table: "Predictions | None", broken: list[tuple[str, str]], top: int | None, *, lines: bool
 ) -> str:
     """Returns the table as CSV, or as JSON Lines."""
-    from regraft.documents import to_json_lines
+    from regraft.documents import json_lines_content
     from regraft.evaluation.rows import to_csv, to_records
 
     if lines:
-        return to_json_lines(to_records(table, broken, top))
+        return json_lines_content(to_records(table, broken, top)).decode("ascii")
     return to_csv(table, broken, top)

@@ -6,7 +6,7 @@ compared value by value, once smooth and once with slow changes taken away: pict
 resemble each other (digits, radiographs) agree in the first, copies in both.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -26,6 +26,7 @@ from regraft.data.looks import (
     orientations,
     resampling,
 )
+from regraft.parallel import map_in_processes, parts
 
 LOW = 8  # lowest frequencies of each axis of a thumb, by which neighbours are looked up
 COMPONENTS = 8  # of a tree; measured on 20,000 digits: 15 us a look-up, 3 times that with 12
@@ -44,6 +45,8 @@ STEPS = (0.0, 0.0125, 0.025, 0.0375, 0.05)  # cut from a side when two pictures 
 # copies are above, all pairs of different pictures of clothing and CIFAR-10 below.
 LEAST = {"plain": (0.96, 0.965), "cropped": (0.95, 0.98), "turned": (0.92, 0.97)}
 CHUNK = 1024  # pairs compared at once: bounds memory
+BLOCK = 4 * CHUNK  # pictures looked up at once: bounds memory too
+NOTHING: Rows = np.zeros((0, 2), np.int64)  # no pairs
 FINER = 4  # angles between those of a disc, when two discs are turned over each other
 
 
@@ -73,27 +76,36 @@ def near_pairs(
         on_progress: Told how many of the look-ups are done.
     """
     rows = chosen[~looks.flat[chosen]]
-    steps = len(EDGES) ** 4 + 2
-    told = on_progress or (lambda _done, _total: None)
-    found: list[tuple[Rows, Rows, str]] = []
     if len(rows) < 2:
-        return _joined(found)
+        return _joined([])
+    told = on_progress or (lambda _done, _total: None)
     thumbs, discs = _Views(looks.thumbs, rows), _Views(looks.discs, rows)
     tree = _Tree(_low_frequencies(thumbs), REACH_THUMB)
-    found.append((*_verified(_once(tree.pairs(tree.vectors)), thumbs, _plain), "plain"))
-    told(1, steps)
     cuts = [resampling(SIDE, SIDE, low, 1 - high) for low, high in product(EDGES, EDGES)]
-    cropped = np.zeros(0, np.int64)  # pairs as one number each: many crops find the same
-    for number, (down, across) in enumerate(product(cuts, cuts), start=2):
-        one, other = tree.pairs(_low_frequencies(thumbs, down, across), NEAREST_CROPS).T
-        cropped = np.union1d(cropped, (one * len(rows) + other)[one != other])
-        told(number, steps)
-    asked = np.stack(np.divmod(cropped, len(rows)), axis=1)
-    found.append((*_verified(asked, thumbs, _cropped), "cropped"))
-    found.append((*_turned_pairs(discs), "turned"))
-    found.append((*_bridges(discs, found), "turned"))
+    crops = list(product(cuts, cuts))
+
+    def looked_up(job: int) -> Rows:
+        if job < len(crops):
+            return _apart(tree.pairs(_low_frequencies(thumbs, *crops[job]), NEAREST_CROPS))
+        if job == len(crops):
+            return _verified(_once(tree.pairs(_low_frequencies(thumbs))), thumbs, _plain)
+        return _turned_pairs(discs)
+
+    def fitted(part: range) -> Rows:
+        return _verified(asked[part.start : part.stop], thumbs, _cropped)
+
+    looked: list[Rows] = []
+    jobs, steps = range(len(crops) + 2), len(crops) + 3
+    for pairs in map_in_processes(looked_up, jobs, looked_up):
+        looked.append(pairs)
+        told(len(looked), steps)
+    *cropped, plain, turned = looked
+    asked = np.unique(np.concatenate(cropped), axis=0)  # many crops find the same
+    crops_found = map_in_processes(fitted, parts(len(asked), CHUNK), fitted)
+    found = [(plain, "plain"), (np.concatenate([NOTHING, *crops_found]), "cropped")]
+    found += [(turned, "turned"), (_bridges(discs, found), "turned")]
     told(steps, steps)
-    return _joined([(rows[one], rows[other], how) for one, other, how in found])
+    return _joined([(rows[pairs], how) for pairs, how in found])
 
 
 class _Views:
@@ -110,25 +122,24 @@ class _Views:
 
     def blocks(self) -> Iterator[Floats]:
         places = np.arange(len(self.rows))
-        for start in range(0, len(places), 4 * CHUNK):
-            yield self.take(places[start : start + 4 * CHUNK])
+        for start in range(0, len(places), BLOCK):
+            yield self.take(places[start : start + BLOCK])
 
 
-def _turned_pairs(discs: _Views) -> tuple[Rows, Rows]:
+def _turned_pairs(discs: _Views) -> Rows:
     tree = _Tree(_ring_strengths(discs), REACH_DISC)
-    return _verified(_once(tree.pairs(tree.vectors)), discs, _turned)
+    return _verified(_once(tree.pairs([tree.vectors])), discs, _turned)
 
 
-def _bridges(discs: _Views, found: list[tuple[Rows, Rows, str]]) -> tuple[Rows, Rows]:
+def _bridges(discs: _Views, found: list[tuple[Rows, str]]) -> Rows:
     """Returns pairs between groups so large that all neighbours of a picture may lie in its own."""
-    first, second = (np.concatenate([pairs[side] for pairs in found]) for side in (0, 1))
+    first, second = np.concatenate([pairs for pairs, _ in found]).T
     groups = joined_groups(len(discs), first, second)
     members = np.flatnonzero(np.bincount(groups)[groups] > NEAREST)
     chosen = members[np.unique(groups[members], return_index=True)[1]]
     if len(chosen) < 2:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    one, other = _turned_pairs(_Views(discs.array, discs.rows[chosen]))
-    return chosen[one], chosen[other]
+        return NOTHING
+    return np.asarray(chosen[_turned_pairs(_Views(discs.array, discs.rows[chosen]))])
 
 
 def joined_groups(number: int, first: Rows, second: Rows) -> NDArray[np.int64]:
@@ -150,69 +161,76 @@ def near_hashes(hashes: NDArray[np.int8], asked: Rows) -> Pairs:
     known, asked = np.flatnonzero(shown), asked[shown[asked]]
     if len(known) < 2 or not len(asked):
         return _joined([])
-    tree = _Tree(_unit(hashes[known].astype(np.float32)), REACH_HASH)
-    found: list[tuple[Rows, Rows, str]] = []
-    for number, vectors in enumerate(orientations(hashes[asked].astype(np.float32))):
-        rows, others = tree.pairs(_unit(vectors)).T
-        first, second = asked[rows], known[others]
-        pairs = _once(np.stack([first, second], axis=1))
-        found.append((pairs[:, 0], pairs[:, 1], "turned" if number else "plain"))
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(shown), BLOCK)]
+    tree = _Tree((_unit(hashes[known[block]].astype(np.float32)) for block in blocks), REACH_HASH)
+    found: list[tuple[Rows, str]] = []
+    for block in blocks:
+        rows = asked[block]
+        for number, vectors in enumerate(orientations(hashes[rows].astype(np.float32))):
+            own, others = tree.pairs([_unit(vectors)]).T
+            pairs = _once(np.stack([rows[own], known[others]], axis=1))
+            found.append((pairs, "turned" if number else "plain"))
     return _joined(found)
 
 
 class _Tree:
-    """Unit vectors, found by their principal components."""
+    """Unit vectors, given in blocks, found by their principal components."""
 
-    def __init__(self, vectors: Floats, reach: float) -> None:
+    def __init__(self, blocks: Iterable[Floats], reach: float) -> None:
         from scipy.spatial import cKDTree
 
-        self.vectors, self.reach = vectors, reach
-        self.mean = vectors.mean(axis=0)
-        centred = vectors - self.mean
-        self.axes = np.linalg.eigh(centred.T @ centred)[1][:, -COMPONENTS:].astype(np.float32)
-        self.tree = cKDTree(centred @ self.axes, leafsize=LEAF)
+        self.vectors, self.reach = np.concatenate(list(blocks)), reach
+        self.mean = self.vectors.mean(axis=0)
+        spread = self.vectors.T @ self.vectors - len(self.vectors) * np.outer(self.mean, self.mean)
+        self.axes = np.linalg.eigh(spread)[1][:, -COMPONENTS:].astype(np.float32)
+        self.tree = cKDTree(self._points(self.vectors), leafsize=LEAF)
 
-    def pairs(self, queries: Floats, most: int = NEAREST) -> Rows:
+    def pairs(self, blocks: Iterable[Floats], most: int = NEAREST) -> Rows:
         """Returns (query, neighbour) of the nearest within reach, itself among them."""
         nearest = min(most + 1, len(self.vectors))
-        points = (queries - self.mean) @ self.axes
-        found = self.tree.query(points, k=nearest, distance_upper_bound=self.reach, workers=-1)[1]
-        asked = np.repeat(np.arange(len(queries)), nearest)
-        pairs = np.stack([asked, found.ravel()], axis=1)
-        pairs = pairs[pairs[:, 1] < len(self.vectors)]
-        near = [np.zeros(0, np.bool_)]
-        for start in range(0, len(pairs), 8 * CHUNK):
-            one, other = pairs[start : start + 8 * CHUNK].T
-            apart = np.linalg.norm(queries[one] - self.vectors[other], axis=1)
-            near.append(apart <= self.reach)
-        chosen: Rows = pairs[np.concatenate(near)]
-        return chosen
+        near, start = [NOTHING], 0
+        for queries in blocks:
+            points = self._points(queries)
+            found = self.tree.query(points, nearest, distance_upper_bound=self.reach)[1]
+            asked, place = np.nonzero(found < len(self.vectors))
+            others = found[asked, place]
+            apart = np.linalg.norm(queries[asked] - self.vectors[others], axis=1)
+            pairs = np.stack([start + asked, others], axis=1)
+            near.append(pairs[apart <= self.reach])
+            start += len(queries)
+        return np.concatenate(near)
+
+    def _points(self, vectors: Floats) -> Floats:
+        return np.asarray(vectors @ self.axes - self.mean @ self.axes)
+
+
+def _apart(pairs: Rows) -> Rows:
+    """Returns the pairs of different rows."""
+    return np.asarray(pairs[pairs[:, 0] != pairs[:, 1]])
 
 
 def _once(pairs: Rows) -> Rows:
     """Returns each pair of different rows once, the smaller position first."""
-    apart = np.asarray(pairs[:, 0] != pairs[:, 1])
-    return np.unique(np.sort(pairs[apart], axis=1), axis=0)
+    return np.unique(np.sort(_apart(pairs), axis=1), axis=0)
 
 
 def _low_frequencies(
     thumbs: _Views, down: Floats | None = None, across: Floats | None = None
-) -> Floats:
-    """Returns unit vectors of the lowest frequencies (DCT), of crops where these are given."""
+) -> Iterator[Floats]:
+    """Yields unit vectors of the lowest frequencies (DCT), of crops where these are given."""
     waves = cosines(LOW)
     rows = waves if down is None else waves @ down
     columns = waves if across is None else waves @ across
-    parts = [(rows @ block @ columns.T).reshape(-1, LOW**2) for block in thumbs.blocks()]
-    return _unit(np.concatenate(parts)[:, 1:])  # without the mean: brightness is no content
+    for block in thumbs.blocks():
+        frequencies = (rows @ block @ columns.T).reshape(-1, LOW**2)
+        yield _unit(frequencies[:, 1:])  # without the mean: brightness is no content
 
 
-def _ring_strengths(discs: _Views) -> Floats:
-    """Returns how strong each frequency is along each ring, which no turn and no mirror changes."""
-    parts = []
+def _ring_strengths(discs: _Views) -> Iterator[Floats]:
+    """Yields how strong each frequency is along each ring, which no turn and no mirror changes."""
     for block in discs.blocks():
         strengths = np.abs(_spectra(block)[..., :LOW])
-        parts.append(strengths.reshape(len(strengths), -1).astype(np.float32))
-    return _unit(np.concatenate(parts))
+        yield _unit(strengths.reshape(len(strengths), -1).astype(np.float32))
 
 
 def _spectra(discs: Floats) -> NDArray[Any]:
@@ -229,14 +247,13 @@ def _verified(
     pairs: Rows,
     views: _Views,
     compare: Callable[[Floats, Floats], NDArray[np.bool_]],
-) -> tuple[Rows, Rows]:
-    kept = [np.zeros((0, 2), np.int64)]
+) -> Rows:
+    kept = [NOTHING]
     for start in range(0, len(pairs), CHUNK):
         chunk = pairs[start : start + CHUNK]
         first, second = (views.take(chunk[:, side]) for side in (0, 1))
         kept.append(chunk[compare(first, second)])
-    found = np.sort(np.concatenate(kept), axis=1)
-    return found[:, 0], found[:, 1]
+    return np.sort(np.concatenate(kept), axis=1)
 
 
 def _plain(first: Floats, second: Floats) -> NDArray[np.bool_]:
@@ -337,12 +354,12 @@ def _sharp_rings(discs: Floats) -> Floats:
     return blurred(0.6, 1) - blurred(2, 5)  # the first hides how a turned copy was interpolated
 
 
-def _joined(found: list[tuple[Rows, Rows, str]]) -> Pairs:
+def _joined(found: list[tuple[Rows, str]]) -> Pairs:
     """Returns every pair once, under the first name it was found by."""
     names: dict[tuple[int, int], str] = {}
-    for first, second, how in found:
-        for pair in zip(first.tolist(), second.tolist(), strict=True):
-            names.setdefault(pair, how)
+    for pairs, how in found:
+        for first, second in pairs.tolist():
+            names.setdefault((first, second), how)
     places = np.array(sorted(names), np.int64).reshape(-1, 2)
     how_found = np.array([names[first, second] for first, second in places.tolist()], np.str_)
     return Pairs(places[:, 0], places[:, 1], how_found)

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from regraft.changing import replace_files
 from regraft.documents import (
     json_content,
+    json_lines_content,
     parse_json,
     sealed_content,
     sha256_of_file,
-    to_json_lines,
 )
 from regraft.engine import Engine
 from regraft.errors import ArtefactError, UsageError
@@ -99,7 +99,7 @@ def begin(folder: Path, asked: Asked, session: Session, begun: Start) -> None:
     }
     kept = place(session.dataset) | {"start": str(begun.folder.resolve())}
     write_file(folder / PLACE, sealed_content(kept))
-    contents = {"samples.jsonl": to_json_lines(samples).encode("ascii")}
+    contents = {"samples.jsonl": json_lines_content(samples)}
     replace_files(folder, {**contents, ASKED: json_content(document)})
 
 
@@ -147,7 +147,7 @@ def again(
     then = asked_before(folder)["contract"]
     different = refuse_other_conditions(then, engine, allow=how.allow_inexact, what=f"`{folder}`")
     kept = Run(folder)  # of which a comparison has these files
-    dataset = same_data(kept.place, kept.samples(), how.data, str(folder))
+    dataset = same_data(kept.place, list(kept.samples()), how.data, str(folder))
     session = Session.prepare(dataset, begun.inputs(asked.recipe, dataset), engine, told)
     return session.pooled(asked.recipe), different
 

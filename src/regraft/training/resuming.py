@@ -47,7 +47,7 @@ class Resumption:
         Raises:
             DataError: It has changed, or is not found.
         """
-        dataset = same_data(run.place, run.samples(), self.data, str(run.folder))
+        dataset = same_data(run.place, list(run.samples()), self.data, str(run.folder))
         inputs = InputSpec.from_dict(run.record["inputs"])
         session = Session.prepare(dataset, inputs, engine, on_progress)
         session = session.pooled(Recipe.model_validate(run.record["recipe"]))

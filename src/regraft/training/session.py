@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -334,23 +335,23 @@ class Session:
             "engine": self.engine.describe(),
             "contract": contract(self.engine),
         }
-        samples = [
+        samples = (
             labelled(sample) | {"phash": encoded_hash(values)}
             for sample, values in zip(data.samples, self.cache.hashes, strict=True)
-        ]
-        excluded = [{"path": path, "excluded": why} for path, why in data.excluded]
+        )
+        excluded = ({"path": path, "excluded": why} for path, why in data.excluded)
         hashes = record.get("hashes", {})
-        seen = [
+        seen = (
             {"sha256": sha, "split": split, "phash": hashes.get(sha, "")}
             for sha, split in record.get("seen", {}).items()
-        ]
+        )
         if self.engine.is_main:
             repeated = None if plan is None else plan.model_dump(mode="json")
             states = Store(out / "state")
             make_folder(states.folder)
             states.commit(0, classifier.contents())  # the origin: what stays frozen is not again
             write_file(out / PLACE, sealed_content(place(data)))
-            Run.create(out, document, samples + excluded, seen, repeated)
+            Run.create(out, document, chain(samples, excluded), seen, repeated)
         self.engine.wait()
         return Run.open(out)
 
