@@ -61,7 +61,7 @@ class DataOptions:
         return asdict(self) | placeless
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image: where it lies below the root, what it shows, whose it is, and its content."""
 

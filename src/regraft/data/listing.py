@@ -24,7 +24,7 @@ AMBIGUOUS_WORDS = frozenset({"eval", "evaluation"})  # test to some tools, valid
 LAYOUT = "one folder for each class, with or without train/val/test folders above them"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Listed:
     """One image as the folder or the CSV names it."""
 

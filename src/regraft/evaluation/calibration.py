@@ -4,7 +4,7 @@ say, thresholds that keep to an error rate, and the distance at which an image i
 N images, K classes, D features, M remembered images.
 """
 
-from math import ceil
+from math import ceil, log1p
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,11 @@ def calibrated_loss(
     share = 1 / (len(labels_N) + 1)
     mixed = (1 - share) * probabilities + share / probabilities.shape[1]
     return float(log_losses(mixed, labels_N).mean())
+
+
+def least_loss(num_images: int, num_classes: int) -> float:
+    """Returns the `calibrated_loss` where all images are right beyond doubt."""
+    return -log1p((1 / num_classes - 1) / (num_images + 1))
 
 
 def doubt_of(

@@ -100,10 +100,20 @@ def log_losses(probabilities_NK: Array, truth: NDArray[np.int64]) -> Array:
 
 
 def mean_log_loss(
-    probabilities_NK: Array, truth: NDArray[np.int64], *, is_balanced: bool = False
+    probabilities_NK: Array,
+    truth: NDArray[np.int64],
+    *,
+    is_balanced: bool = False,
+    smoothing: float = 0.0,
 ) -> float:
-    """Returns the mean negative log-likelihood; balanced: the mean of the classes' own means."""
-    losses = log_losses(probabilities_NK, truth)
+    """Returns the mean negative log-likelihood; balanced: the mean of the classes' own means.
+
+    With smoothing, that share of each label belongs to all classes alike, as in a training.
+    """
+    losses = (1 - smoothing) * log_losses(probabilities_NK, truth)
+    if smoothing:
+        smallest = np.finfo(np.float64).tiny
+        losses -= smoothing * np.log(np.maximum(probabilities_NK, smallest)).mean(axis=1)
     if not is_balanced:
         return float(losses.mean())
     return float(np.mean([losses[truth == label].mean() for label in np.unique(truth)]))

@@ -179,8 +179,13 @@ class _Fit:
         )
         probabilities = softmax(logits_NK)
         found = Predictions(tuple(str(row) for row in rows), names, probabilities, truth)
-        is_balanced = self.recipe.class_weights == "balanced"  # in what chooses, as in what learns
-        val_loss = mean_log_loss(probabilities, truth, is_balanced=is_balanced)
+        recipe = self.recipe
+        val_loss = mean_log_loss(  # what chooses is measured as what learns
+            probabilities,
+            truth,
+            is_balanced=recipe.class_weights == "balanced",
+            smoothing=recipe.label_smoothing,
+        )
         if not isfinite(val_loss):
             raise diverged("validation loss", val_loss, epoch, 0.0)
         is_best = val_loss < self.best_loss

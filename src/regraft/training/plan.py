@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from regraft.data.batches import num_batches
 from regraft.documents import read_json
 from regraft.engine import Engine
-from regraft.errors import ArtefactError, UsageError
+from regraft.errors import ArtefactError, UsageError, count
 from regraft.models.backbone import Backbone
 from regraft.progress import duration
 from regraft.training.feeds import Material
@@ -88,7 +88,8 @@ class Plan(BaseModel):
         """How long all of it takes, the winner's full schedule included; a head has none."""
         if self.candidates[0].is_head:
             return 0.0
-        schedules = 1 + max(1, self.folds) * len(self.candidates) * sum(self.rungs)
+        trained = sum(not candidate.is_head for candidate in self.candidates)
+        schedules = 1 + max(1, self.folds) * trained * sum(self.rungs)
         return schedules * self.epochs * self.steps_per_epoch * self.seconds_per_step
 
     def epochs_of(self, share: float) -> int:
@@ -120,7 +121,7 @@ class Plan(BaseModel):
     def told(self) -> str:
         """Returns the plan for people."""
         judge = f"{self.folds}-fold cross-validation" if self.folds else "the validation images"
-        lines = [f"plan: {len(self.candidates)} candidates, judged by {judge}"]
+        lines = [f"plan: {count(len(self.candidates), 'candidate')}, judged by {judge}"]
         for candidate in self.candidates:
             phases = ", then ".join(
                 phase.learns + ("" if phase.learns == "head" else f" at {float(phase.lr):.2g}")
@@ -128,9 +129,8 @@ class Plan(BaseModel):
             )
             bn = candidate.phases[-1].batch_norm
             lines.append(f"      {candidate.name:<8} {phases}; BatchNorm statistics {bn}")
-        short = "".join(
-            f"{len(self.candidates)} for {self.epochs_of(share)} epochs, " for share in self.rungs
-        )
+        trained = sum(not candidate.is_head for candidate in self.candidates)
+        short = "".join(f"{trained} for {self.epochs_of(share)} epochs, " for share in self.rungs)
         lines.append(
             f"      {short}the best for {self.epochs} epochs: about {duration(self.seconds)}"
         )
@@ -142,8 +142,9 @@ def make_plan(
 ) -> Plan:
     """Returns what to try within the recipe's time budget; the clock is asked here alone."""
     norm, number = backbone.normalisation, len(material.train_rows)
+    folds = 0 if len(material.val_rows) else len(material.folds())
     candidates: dict[tuple[Phase, ...], Candidate] = {}
-    for name, phases in _candidates(recipe, policy):
+    for name, phases in _candidates(recipe, policy, with_head=folds > 0):
         chosen = recipe.changed({"phases": phases, "search": "none"})
         settled = chosen.resolved(normalisation=norm, num_images=number, is_grey=False).phases
         refuse_single_images(backbone, chosen.changed({"phases": settled}), number)
@@ -153,7 +154,6 @@ def make_plan(
     steps = num_batches(number, batch)
     seconds = batch * engine.seconds_per_image(backbone, backbone.inputs.channels, size, batch)
     seconds = float(engine.mean(torch.tensor(seconds, device=engine.device))) / engine.shard[1]
-    folds = 0 if len(material.val_rows) else len(material.folds())
     plan = Plan(
         candidates=tuple(candidates.values()),
         rungs=RUNGS if folds or len(material.val_rows) else (),
@@ -186,8 +186,14 @@ def refuse_unfitting_plan(
         )
 
 
-def _candidates(recipe: Recipe, policy: Policy) -> Iterator[tuple[str, tuple[Phase, ...]]]:
-    """Yields names and phases, what is most often right first (docs/log.md 2026-11-25)."""
+def _candidates(
+    recipe: Recipe, policy: Policy, *, with_head: bool
+) -> Iterator[tuple[str, tuple[Phase, ...]]]:
+    """Yields names and phases, what is most often right first (docs/log.md 2026-11-25).
+
+    The head alone is among them in folds, where all are judged by networks that have learned from
+    fewer images; validation images have judged it before the plan was made.
+    """
     base = recipe.phases[-1]
     if recipe.goal == "scratch":
         for name, factor in (("lr x1", 1.0), ("lr x3", 3.0), ("lr x1/3", 1 / 3)):
@@ -200,3 +206,5 @@ def _candidates(recipe: Recipe, policy: Policy) -> Iterator[tuple[str, tuple[Pha
         ("firm", {"lr_factor": 3.0, "batch_norm": policy}),
     ):
         yield name, (head, base.model_copy(update=changes))
+    if with_head:
+        yield "head", (head,)

@@ -17,6 +17,7 @@ from regraft.errors import UsageError
 from regraft.training.settings import refusal, toml
 
 Auto = Literal["auto"]
+SMOOTHING = 0.1  # where a search fine-tunes: arXiv:1512.00567; measured: docs/log.md 2026-11-25
 STEPS_TO_LEARN = 500  # for fewer than 20,000 images: BiT-HyperRule, arXiv:1912.11370
 SCRATCH_EPOCHS = 30  # assumed: the least that a completed cosine needs; `--epochs` for more
 LEAST_EPOCHS, MOST_EPOCHS = 10, 250  # of a fine-tuning; assumed bounds around STEPS_TO_LEARN
@@ -140,7 +141,12 @@ class Recipe(BaseModel):
         0.999, ge=0, lt=1, description="of the averaged weights that are kept (arXiv:2411.18704)"
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="0: smoothing harms transferred features (arXiv:2010.16402)"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each label that all classes have alike. 0: smoothing harms features "
+        "that are to be transferred (arXiv:2010.16402); 0.1 (arXiv:1512.00567) where a search "
+        "fine-tunes: measured, docs/log.md 2026-11-25",
     )
     mixup: float = Field(
         0.0,
@@ -242,7 +248,9 @@ class Recipe(BaseModel):
                 f"`--strategy {strategy}` is not known",
                 hint="use auto, head, last:<n>, lp-ft or full",
             )
-        return cls(goal="transfer", phases=phases, search="auto" if strategy == "auto" else "none")
+        if strategy != "auto":
+            return cls(goal="transfer", phases=phases)
+        return cls(goal="transfer", phases=phases, search="auto", label_smoothing=SMOOTHING)
 
     def views_of(self, phase: Phase) -> int | None:
         """Returns how many augmented views of an image a phase uses in turn.

@@ -47,7 +47,6 @@ class Tuning:
 
     Attributes:
         plan: None until the probe has ended; before that nothing is kept for a resume.
-        probed: The best loss until then.
         found: Held-out logits of each candidate, the latest.
         tried: All trials that were told, the probe's too.
         trying: The trial under way.
@@ -63,7 +62,6 @@ class Tuning:
     started: float = field(default_factory=monotonic)
     best: float = inf
     plan: Plan | None = None
-    probed: float = inf
     found: dict[str, Logits] = field(default_factory=dict)
     tried: list[Trial] = field(default_factory=list)
     trying: Trying | None = None
@@ -91,7 +89,6 @@ class Tuning:
         taken = Snapshot({
             "plan": self.plan.model_dump(mode="json"),
             "best": self.best if isfinite(self.best) else None,
-            "probed": self.probed if isfinite(self.probed) else None,
             "tried": [vars(trial) for trial in self.tried],
             "has_diverged": self.has_diverged,
             "is_calibrated": self.is_calibrated,
@@ -114,7 +111,6 @@ class Tuning:
         values = saved.values
         self.plan = Plan.model_validate(values["plan"])
         self.best = inf if values["best"] is None else values["best"]
-        self.probed = inf if values["probed"] is None else values["probed"]
         self.tried = [Trial(**trial) for trial in values["tried"]]
         self.has_diverged = values["has_diverged"]
         self.is_calibrated = values["is_calibrated"]
