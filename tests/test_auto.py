@@ -15,6 +15,7 @@ from regraft.data.cache import Cache
 from regraft.data.dataset import Dataset
 from regraft.engine import Engine
 from regraft.errors import UsageError
+from regraft.evaluation.calibration import calibrated_loss, least_loss
 from regraft.inputs import InputSpec
 from regraft.models.backbone import Backbone
 from regraft.models.classifier import Classifier
@@ -126,6 +127,11 @@ def test_a_time_budget_shortens_schedules_then_drops_candidates() -> None:
     plan = Plan(candidates=candidates, epochs=40, steps_per_epoch=10, seconds_per_step=1.0)
     # two on three tenths of the schedule, the winner on all of it
     assert plan.seconds == pytest.approx(1.6 * 400)
+    # in three folds each learns from two thirds of the images; a head is solved at no cost
+    folded = plan.model_copy(
+        update={"folds": 3, "candidates": (*candidates, Candidate(name="head", phases=phases[:1]))}
+    )
+    assert folded.seconds == pytest.approx((1 + 2 * 2 * 0.3) * 400)
     half = plan.within(320)
     assert (len(half.candidates), half.epochs) == (2, 20)
     assert half.seconds <= 320
@@ -178,6 +184,49 @@ def test_images_that_judge_never_teach(
     assert len(judged) == len(seen) - 1 == 9, "three candidates in three folds"
     for taught, held_out in zip(seen, judged, strict=False):
         assert taught | held_out == everything and not taught & held_out
+
+
+@pytest.mark.parametrize(
+    ("bold", "firm", "head", "winner"),
+    [
+        (0.30, 0.40, 0.25, "bold"),  # the full schedule leaves 0.7 of the short one's loss
+        (0.40, 0.50, 0.25, "head"),
+        (0.50, 0.30, 0.25, "firm"),
+        (0.0, 0.0, 0.0, "head"),  # all are right: nothing is left to gain
+        (None, None, 5.0, "head"),  # they diverged
+    ],
+)
+def test_a_head_stays_where_full_schedules_promise_nothing_better(
+    bars: tuple[Material, InputSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    bold: float | None,
+    firm: float | None,
+    head: float | None,
+    winner: str,
+) -> None:
+    material, inputs = bars
+    material, classifier = in_folds(material), start_of(inputs)
+    least = least_loss(len(material.judged), len(NAMES))
+    losses = {"bold": bold, "firm": firm, "head": head}
+
+    def trial(_state: Any, _plan: Any, candidate: Candidate, share: float) -> Any:
+        loss = losses[candidate.name]
+        yield from ()
+        return Trial(candidate.name, share, None if loss is None else least + loss, 0.9, 0.0)
+
+    monkeypatch.setattr(auto, "_trial", trial)
+    recipe = recipe_for(material)
+    state = tuning.Tuning(classifier, material, recipe, ENGINE, classifier.state_dict())
+    plan = make_plan(classifier.backbone, material, recipe, ENGINE, "frozen")
+    with pytest.raises(StopIteration) as ended:
+        next(auto._search(state, plan))
+    assert ended.value.value[0].name == winner
+
+
+def test_the_least_loss_is_that_of_certain_and_right_answers() -> None:
+    labels = np.arange(40) % 3
+    logits = np.float32(1000.0) * np.eye(3, dtype=np.float32)[labels]
+    assert calibrated_loss(logits, labels, 1.0) == pytest.approx(least_loss(40, 3))
 
 
 def test_no_better_than_random_features_is_told_at_once(

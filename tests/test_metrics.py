@@ -2,9 +2,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as sk
 
-from regraft.evaluation.metrics import METRICS, _score_intervals, evaluate_predictions, point
+from regraft.evaluation.metrics import (
+    METRICS,
+    _score_intervals,
+    evaluate_predictions,
+    mean_log_loss,
+    point,
+)
 from regraft.evaluation.predictions import Predictions, softmax
 from regraft.evaluation.rows import to_csv, to_records
 
@@ -180,3 +187,14 @@ def test_the_worst_mistakes_come_first() -> None:
         np.array([1, 1, 1]),
     )
     assert table.worst(5).tolist() == [1, 0]
+
+
+def test_the_smoothed_loss_is_that_of_a_training() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(50, 4)).astype(np.float32)
+    truth = generator.integers(0, 4, 50)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(truth), label_smoothing=0.1
+    )
+    found = mean_log_loss(softmax(logits), truth, smoothing=0.1)
+    assert found == pytest.approx(float(expected))

@@ -89,7 +89,8 @@ class Plan(BaseModel):
         if self.candidates[0].is_head:
             return 0.0
         trained = sum(not candidate.is_head for candidate in self.candidates)
-        schedules = 1 + max(1, self.folds) * trained * sum(self.rungs)
+        passes = self.folds - 1 if self.folds else 1  # each fold learns from all parts but one
+        schedules = 1 + passes * trained * sum(self.rungs)
         return schedules * self.epochs * self.steps_per_epoch * self.seconds_per_step
 
     def epochs_of(self, share: float) -> int:
