@@ -163,7 +163,7 @@ def test_a_hash_finds_its_picture_turned_and_mirrored_and_no_other() -> None:
     turned = [pictures[k].transpose(Image.Transpose(k)) for k in range(7)]
     arrays = [np.asarray(one) for one in [*pictures, *turned]]
     looks = Looks.empty(len(arrays))
-    looks.set(np.arange(len(arrays)), [Seen.of(pixels) for pixels in arrays])
+    looks.set(np.arange(len(arrays)), [Seen.of(pixels, "uint8") for pixels in arrays])
     hashes = perceptual_hashes(np.stack(arrays))
     assert (looks.hashes() == hashes).all()
     found = near_hashes(hashes, np.arange(30, 37))

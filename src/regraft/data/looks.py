@@ -21,7 +21,8 @@ Floats = NDArray[Any]  # float32, but for what the FFT gives
 Rows = NDArray[np.int64]
 
 SIDE = 32  # of a thumb
-REDUCED = 96  # what both views are read from
+SEEN = 96  # least pixels of the shorter side that are looked at
+REDUCED = 64  # what both views are read from; measured: docs/log.md 2026-11-25
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, by which Pillow makes grey pictures
 RINGS, ANGLES = 16, 64
 HASH_SIDE = 10  # frequencies of each axis in a hash
@@ -112,16 +113,16 @@ class Seen:
     pixel_type: str
 
     @classmethod
-    def of(cls, pixels: NDArray[Any]) -> "Seen":
+    def of(cls, pixels: NDArray[Any], pixel_type: str) -> "Seen":
         """Takes a (height, width, channels) picture; bands that are not RGB weigh the same."""
         height, width, channels = pixels.shape
-        stride = max(1, min(height, width) // REDUCED)
+        stride = max(1, min(height, width) // SEEN)
         seen = pixels[::stride, ::stride]
         weights = LUMA if channels == 3 else (1 / channels,) * channels
         grey = weights[0] * seen[..., 0].astype(np.float32)
         for weight, channel in zip(weights[1:], range(1, channels), strict=True):
             grey += np.float32(weight) * seen[..., channel]
-        return cls(grey, (height, width), pixels.dtype.name)
+        return cls(grey, (height, width), pixel_type)
 
 
 def perceptual_hashes(pixels: NDArray[Any]) -> NDArray[np.int8]:
@@ -131,8 +132,9 @@ def perceptual_hashes(pixels: NDArray[Any]) -> NDArray[np.int8]:
     in the lowest. A mirror changes signs, a quarter turn also the order. All are 0 of a picture
     that shows nothing.
     """
-    reduced = _reduced([Seen.of(one) for one in pixels])
-    return _hashes(_thumbs(_stretched(reduced)), _is_flat(reduced, pixels.dtype.name))
+    pixel_type = pixels.dtype.name
+    reduced = _reduced([Seen.of(one, pixel_type) for one in pixels])
+    return _hashes(_thumbs(_stretched(reduced)), _is_flat(reduced, pixel_type))
 
 
 def _hashes(thumbs: Floats, is_flat: NDArray[np.bool_]) -> NDArray[np.int8]:
@@ -187,7 +189,7 @@ def _thumbs(grey: Floats) -> Floats:
 
 
 def _reduced(seen: Sequence[Seen]) -> Floats:
-    """Returns the grey values of pictures of one size at 96 x 96."""
+    """Returns the grey values of pictures of one size at 64 x 64."""
     grey = np.stack([one.grey for one in seen])
     height, width = grey.shape[1:]
     reduced: Floats = resampling(height, REDUCED) @ grey @ resampling(width, REDUCED).T

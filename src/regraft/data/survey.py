@@ -213,7 +213,8 @@ def _read_one(
         sha256 = digest.hex()
         kind = sniffed(content) if isinstance(content, bytes) else "IDX"
         pixels = read_whole(content)
-        header = Header(pixels.shape[:2], pixels.shape[2], pixels.dtype.name)
+        stored = pixels.dtype.name
+        header = Header(pixels.shape[:2], pixels.shape[2], stored)
         if kind not in ONE_FRAME:  # patients and frames stand in the header
             header = read_header(content)
     except UnreadableImage as error:
@@ -231,4 +232,4 @@ def _read_one(
         pixel_type=header.pixel_type,
         format=kind,
     )
-    return described, header, Seen.of(pixels)
+    return described, header, Seen.of(pixels, stored)
