@@ -1,6 +1,5 @@
 """A trained classifier over HTTP: the same answers as `predict`, and what it withstands."""
 
-import asyncio
 import io
 import json
 import os
@@ -31,7 +30,6 @@ from regraft.data.dataset import Dataset
 from regraft.data.decode import UnreadableImage, read_input
 from regraft.data.sandbox import Sandbox, Sandboxes
 from regraft.delivery import serve as web
-from regraft.delivery.batching import Batches
 from regraft.delivery.gate import Access, Gate, Limits, granted
 from regraft.delivery.service import Service, web_part
 from regraft.documents import sha256_of_file
@@ -199,41 +197,6 @@ def test_sizes_that_round_differently_are_not_used(monkeypatch: pytest.MonkeyPat
     sizes = Answers(classifier, ENGINE).sizes
     assert sizes[-1] == 64
     assert not {1, 16, 32} & set(sizes)
-
-
-def test_decoding_waits_for_the_network_and_batches_for_what_is_decoded() -> None:
-    """Four ask at once, then four more while the first batch is under way: two full batches."""
-    sizes: list[int] = []
-    resumed = threading.Event()
-    order: list[str] = []
-
-    def answer(items: Any) -> Any:
-        sizes.append(len(items))
-        assert resumed.wait(10)
-        order.append("answered")
-        return items
-
-    async def client(batches: Batches, name: str, delay: float) -> Any:
-        async with batches.announced():
-            order.append(name)
-            await asyncio.sleep(delay)  # it is being decoded
-        return await batches.ask(name)
-
-    async def story() -> list[Any]:
-        batches = Batches(answer, 4)
-        early = [asyncio.create_task(client(batches, "early", 0.01 * n)) for n in range(4)]
-        while not sizes:
-            await asyncio.sleep(0.01)
-        late = [asyncio.create_task(client(batches, "late", 0.01 * n)) for n in range(4)]
-        await asyncio.sleep(0.1)
-        resumed.set()
-        found = await asyncio.gather(*early, *late)
-        batches.close()
-        return list(found)
-
-    assert asyncio.run(story()) == ["early"] * 4 + ["late"] * 4
-    assert sizes == [4, 4]
-    assert order == ["early"] * 4 + ["answered"] + ["late"] * 4 + ["answered"]
 
 
 def test_where_the_evidence_was_seen_comes_as_a_picture(served: Running) -> None:

@@ -1,12 +1,12 @@
 """Batching: images that are asked for one by one are answered several at a time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from typing import Any
 
-PATIENCE_S = 0.05  # how long a batch waits for images that are being decoded; assumed
+PATIENCE_S = 0.01  # how long a batch waits for images that are being decoded; assumed
 
 
 class Batches:
@@ -22,21 +22,14 @@ class Batches:
         self.coming = 0
         self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
         self._changed = asyncio.Event()
-        self._resting = asyncio.Event()
-        self._resting.set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="network")
         self._task: asyncio.Task[None] | None = None
 
-    @asynccontextmanager
-    async def announced(self) -> AsyncIterator[None]:
-        """Says that an item is on its way, so that a batch may wait for it.
-
-        It is to be made when no batch is under way: a decoder would take one of the cores from the
-        network, whose other threads then wait for that one.
-        """
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Says that an item is on its way, so that a batch may wait for it."""
         self.coming += 1
         try:
-            await self._resting.wait()
             yield
         finally:
             self.coming -= 1
@@ -69,7 +62,6 @@ class Batches:
             if not batch:
                 continue
             items = [item for item, _ in batch]
-            self._resting.clear()
             try:
                 answers = await loop.run_in_executor(self._thread, self.answer, items)
             except Exception as error:  # noqa: BLE001  told to all who wait; the next may succeed
@@ -77,8 +69,6 @@ class Batches:
                     if not future.done():
                         future.set_exception(error)
                 continue
-            finally:
-                self._resting.set()
             for (_, future), answer in zip(batch, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)

@@ -109,7 +109,7 @@ def application(service: Service, sandboxes: Sandboxes, batches: Batches) -> Gat
     @app.post("/predict", summary="Classify one image", openapi_extra=IMAGE_BODY)
     async def predict(request: Request) -> JSONResponse:
         content = await request.body()
-        async with batches.announced():
+        with batches.announced():
             pixels = await asyncio.get_running_loop().run_in_executor(
                 decoders, sandboxes.decode, content
             )
