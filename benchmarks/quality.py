@@ -52,7 +52,7 @@ ARCH = f"{HERE / 'small_vgg.py'}:net"
 RESULTS = HERE / "results" / "quality"
 SOURCES = HOME / "quality-sources"
 STEPS, BATCH, MOST_TEST = 800, 32, 2000
-SEEDS = 3
+SEEDS = 6
 
 
 @dataclass(frozen=True)
