@@ -1,7 +1,8 @@
 """What a check costs beside decoding the same images once on the same cores.
 
-`python benchmarks/check.py [--images 20000] [--side 224] [--data FOLDER]` prints one JSON document.
-Without a folder it writes JPEGs of blobs and grain to a temporary one, which weigh as photographs.
+`python benchmarks/check.py [--images 20000] [--side 224] [--data FOLDER] [--rounds 5]` prints one
+JSON document. Without a folder it writes JPEGs of blobs and grain to a temporary one, which weigh
+as photographs.
 """
 
 import argparse
@@ -58,11 +59,11 @@ def decode_all(root: Path) -> int:
     return sum(1 for _ in read)
 
 
-def measure(root: Path) -> dict[str, Any]:
+def measure(root: Path, num_rounds: int) -> dict[str, Any]:
     number = decode_all(root)  # the files are in memory from here on
     rounds = [  # in turn, so that a disturbance meets both
         (timed(lambda: decode_all(root)), timed(lambda: check_data([root], DataOptions())))
-        for _ in range(ROUNDS)
+        for _ in range(num_rounds)
     ]
     (decoded, decoding_work), (checked, checking_work) = np.median(rounds, axis=0)
     return {
@@ -82,13 +83,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     chosen = parser.parse_args()
     if chosen.data is not None:
-        print(json.dumps(measure(chosen.data)))
+        print(json.dumps(measure(chosen.data, chosen.rounds)))
         return
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), chosen.images, chosen.side)
-        print(json.dumps(measure(Path(folder))))
+        print(json.dumps(measure(Path(folder), chosen.rounds)))
 
 
 if __name__ == "__main__":
