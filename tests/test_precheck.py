@@ -12,8 +12,9 @@ from PIL import Image
 
 import regraft
 from regraft import api
+from regraft.data import duplicates
 from regraft.data.dataset import DataOptions, Dataset
-from regraft.data.duplicates import near_hashes
+from regraft.data.duplicates import near_hashes, near_pairs
 from regraft.data.looks import Looks, Seen, perceptual_hashes
 from regraft.errors import ArtefactError, DataError, UsageError
 from regraft.progress import Note
@@ -175,3 +176,18 @@ def test_the_check_is_a_verb_too(tmp_path: Path) -> None:
     shutil.copy(root / "train/cats/cats_train_0.png", root / "test/cats/copy.png")
     checked = regraft.check([root])
     assert [one.code for one in checked.errors] == ["leak"]
+
+
+def test_pairs_are_the_same_in_whatever_blocks_pictures_are_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = [scene(seed, 64) for seed in range(9)]
+    arrays = np.stack([np.asarray(one) for one in [*pictures, *pictures[:4]]])
+    hashes, asked = perceptual_hashes(arrays), np.arange(9, 13)
+    looks = Looks.empty(len(arrays))
+    looks.set(np.arange(len(arrays)), [Seen.of(pixels, "uint8") for pixels in arrays])
+    expected = [(k, 9 + k) for k in range(4)]
+    for block in (2, 3, 100):
+        monkeypatch.setattr(duplicates, "BLOCK", block)
+        assert [pair[:2] for pair in near_hashes(hashes, asked)] == expected
+        assert [pair[:2] for pair in near_pairs(looks, np.arange(13))] == expected

@@ -124,9 +124,13 @@ class _Views:
         return self.array[self.rows[places]].astype(np.float32)
 
     def blocks(self) -> Iterator[Floats]:
-        places = np.arange(len(self.rows))
-        for start in range(0, len(places), BLOCK):
-            yield self.take(places[start : start + BLOCK])
+        for places in _blocks(np.arange(len(self.rows))):
+            yield self.take(places)
+
+
+def _blocks(rows: Rows) -> Iterator[Rows]:
+    for start in range(0, len(rows), BLOCK):
+        yield rows[start : start + BLOCK]
 
 
 def _turned_pairs(discs: _Views) -> Rows:
@@ -164,11 +168,9 @@ def near_hashes(hashes: NDArray[np.int8], asked: Rows) -> Pairs:
     known, asked = np.flatnonzero(shown), asked[shown[asked]]
     if len(known) < 2 or not len(asked):
         return _joined([])
-    blocks = [slice(start, start + BLOCK) for start in range(0, len(shown), BLOCK)]
-    tree = _Tree((_unit(hashes[known[block]].astype(np.float32)) for block in blocks), REACH_HASH)
+    tree = _Tree((_unit(hashes[rows].astype(np.float32)) for rows in _blocks(known)), REACH_HASH)
     found: list[tuple[Rows, str]] = []
-    for block in blocks:
-        rows = asked[block]
+    for rows in _blocks(asked):
         for number, vectors in enumerate(orientations(hashes[rows].astype(np.float32))):
             own, others = tree.pairs([_unit(vectors)]).T
             pairs = _once(np.stack([rows[own], known[others]], axis=1))
