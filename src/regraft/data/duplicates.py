@@ -83,7 +83,7 @@ def near_pairs(
         return _joined([])
     told = on_progress or (lambda _done, _total: None)
     thumbs, discs = _Views(looks.thumbs, rows), _Views(looks.discs, rows)
-    tree = _Tree(_low_frequencies(thumbs), REACH_THUMB)
+    tree = _Tree(len(thumbs), _low_frequencies(thumbs), REACH_THUMB)
     cuts = [resampling(SIDE, SIDE, low, 1 - high) for low, high in product(EDGES, EDGES)]
     crops = list(product(cuts, cuts))
 
@@ -134,7 +134,7 @@ def _blocks(rows: Rows) -> Iterator[Rows]:
 
 
 def _turned_pairs(discs: _Views) -> Rows:
-    tree = _Tree(_ring_strengths(discs), REACH_DISC)
+    tree = _Tree(len(discs), _ring_strengths(discs), REACH_DISC)
     return _verified(_once(tree.pairs([tree.vectors])), discs, _turned)
 
 
@@ -168,11 +168,12 @@ def near_hashes(hashes: NDArray[np.int8], asked: Rows) -> Pairs:
     known, asked = np.flatnonzero(shown), asked[shown[asked]]
     if len(known) < 2 or not len(asked):
         return _joined([])
-    tree = _Tree((_unit(hashes[rows].astype(np.float32)) for rows in _blocks(known)), REACH_HASH)
+    vectors = (_unit(hashes[rows].astype(np.float32)) for rows in _blocks(known))
+    tree = _Tree(len(known), vectors, REACH_HASH)
     found: list[tuple[Rows, str]] = []
     for rows in _blocks(asked):
-        for number, vectors in enumerate(orientations(hashes[rows].astype(np.float32))):
-            own, others = tree.pairs([_unit(vectors)]).T
+        for number, turned in enumerate(orientations(hashes[rows].astype(np.float32))):
+            own, others = tree.pairs([_unit(turned)]).T
             pairs = _once(np.stack([rows[own], known[others]], axis=1))
             found.append((pairs, "turned" if number else "plain"))
     return _joined(found)
@@ -181,10 +182,15 @@ def near_hashes(hashes: NDArray[np.int8], asked: Rows) -> Pairs:
 class _Tree:
     """Unit vectors, given in blocks, found by their principal components."""
 
-    def __init__(self, blocks: Iterable[Floats], reach: float) -> None:
+    def __init__(self, number: int, blocks: Iterable[Floats], reach: float) -> None:
         from scipy.spatial import cKDTree
 
-        self.vectors, self.reach = np.concatenate(list(blocks)), reach
+        done, self.reach = 0, reach
+        for block in blocks:  # into their place at once: joined blocks would be there twice
+            if not done:
+                self.vectors = np.empty((number, block.shape[1]), np.float32)
+            self.vectors[done : done + len(block)] = block
+            done += len(block)
         self.mean = self.vectors.mean(axis=0)
         spread = self.vectors.T @ self.vectors - len(self.vectors) * np.outer(self.mean, self.mean)
         self.axes = np.linalg.eigh(spread)[1][:, -COMPONENTS:].astype(np.float32)
