@@ -91,7 +91,7 @@ def near_pairs(
         if job < len(crops):
             return _apart(tree.pairs(_low_frequencies(thumbs, *crops[job]), NEAREST_CROPS))
         if job == len(crops):
-            return _verified(_once(tree.pairs(_low_frequencies(thumbs))), thumbs, _plain)
+            return _verified(_once(tree.pairs(_blocks(tree.vectors))), thumbs, _plain)
         return _turned_pairs(discs)
 
     def fitted(part: range) -> Rows:
@@ -128,14 +128,14 @@ class _Views:
             yield self.take(places)
 
 
-def _blocks(rows: Rows) -> Iterator[Rows]:
-    for start in range(0, len(rows), BLOCK):
-        yield rows[start : start + BLOCK]
+def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(array), BLOCK):
+        yield array[start : start + BLOCK]
 
 
 def _turned_pairs(discs: _Views) -> Rows:
     tree = _Tree(len(discs), _ring_strengths(discs), REACH_DISC)
-    return _verified(_once(tree.pairs([tree.vectors])), discs, _turned)
+    return _verified(_once(tree.pairs(_blocks(tree.vectors))), discs, _turned)
 
 
 def _bridges(discs: _Views, found: list[tuple[Rows, str]]) -> Rows:
