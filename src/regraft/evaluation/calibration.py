@@ -4,7 +4,7 @@ say, thresholds that keep to an error rate, and the distance at which an image i
 N images, K classes, D features, M remembered images.
 """
 
-from math import ceil, log1p
+from math import ceil, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,8 @@ def calibrated_loss(
 
 def least_loss(num_images: int, num_classes: int) -> float:
     """Returns the `calibrated_loss` where all images are right beyond doubt."""
-    return -log1p((1 / num_classes - 1) / (num_images + 1))
+    share = 1 / (num_images + 1)
+    return -log(1 - share + share / num_classes)
 
 
 def doubt_of(

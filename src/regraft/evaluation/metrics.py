@@ -110,10 +110,11 @@ def mean_log_loss(
 
     With smoothing, that share of each label belongs to all classes alike, as in a training.
     """
-    losses = (1 - smoothing) * log_losses(probabilities_NK, truth)
+    losses = log_losses(probabilities_NK, truth)
     if smoothing:
-        smallest = np.finfo(np.float64).tiny
-        losses -= smoothing * np.log(np.maximum(probabilities_NK, smallest)).mean(axis=1)
+        classes = range(probabilities_NK.shape[1])
+        of_all = [log_losses(probabilities_NK, np.full_like(truth, label)) for label in classes]
+        losses = (1 - smoothing) * losses + smoothing * np.mean(of_all, axis=0)
     if not is_balanced:
         return float(losses.mean())
     return float(np.mean([losses[truth == label].mean() for label in np.unique(truth)]))

@@ -23,8 +23,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "keras_mobilenetv2_100": ("mobilenetv2_100", {"pad_type": "same", "bn_eps": 1e-3}),
 }
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-
-
 SPARE_VALUES = 10_000_000  # of children that are dropped, and never saved; assumed
 
 

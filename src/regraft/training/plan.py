@@ -84,13 +84,17 @@ class Plan(BaseModel):
             ) from error
 
     @property
+    def num_trained(self) -> int:
+        """How many candidates iterate."""
+        return sum(not candidate.is_head for candidate in self.candidates)
+
+    @property
     def seconds(self) -> float:
         """How long all of it takes, the winner's full schedule included; a head has none."""
         if self.candidates[0].is_head:
             return 0.0
-        trained = sum(not candidate.is_head for candidate in self.candidates)
         passes = self.folds - 1 if self.folds else 1  # each fold learns from all parts but one
-        schedules = 1 + passes * trained * sum(self.rungs)
+        schedules = 1 + passes * self.num_trained * sum(self.rungs)
         return schedules * self.epochs * self.steps_per_epoch * self.seconds_per_step
 
     def epochs_of(self, share: float) -> int:
@@ -130,8 +134,9 @@ class Plan(BaseModel):
             )
             bn = candidate.phases[-1].batch_norm
             lines.append(f"      {candidate.name:<8} {phases}; BatchNorm statistics {bn}")
-        trained = sum(not candidate.is_head for candidate in self.candidates)
-        short = "".join(f"{trained} for {self.epochs_of(share)} epochs, " for share in self.rungs)
+        short = "".join(
+            f"{self.num_trained} for {self.epochs_of(share)} epochs, " for share in self.rungs
+        )
         lines.append(
             f"      {short}the best for {self.epochs} epochs: about {duration(self.seconds)}"
         )
