@@ -8,7 +8,7 @@ resemble each other (digits, radiographs) agree in the first, copies in both.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -85,21 +85,21 @@ def near_pairs(
     thumbs, discs = _Views(looks.thumbs, rows), _Views(looks.discs, rows)
     tree = _Tree(len(thumbs), _low_frequencies(thumbs), REACH_THUMB)
     cuts = [resampling(SIDE, SIDE, low, 1 - high) for low, high in product(EDGES, EDGES)]
-    crops = list(product(cuts, cuts))
 
-    def looked_up(job: int) -> Rows:
-        if job < len(crops):
-            return _apart(tree.pairs(_low_frequencies(thumbs, *crops[job]), NEAREST_CROPS))
-        if job == len(crops):
-            return _verified(_once(tree.pairs(_blocks(tree.vectors))), thumbs, _plain)
-        return _turned_pairs(discs)
+    def crops(down: Floats, across: Floats) -> Rows:
+        return _apart(tree.pairs(_low_frequencies(thumbs, down, across), NEAREST_CROPS))
+
+    def whole() -> Rows:
+        return _verified(_once(tree.pairs(_blocks(tree.vectors))), thumbs, _plain)
 
     def fitted(part: range) -> Rows:
         return _verified(asked[part.start : part.stop], thumbs, _cropped)
 
+    look_ups: list[Callable[[], Rows]] = [partial(crops, *cut) for cut in product(cuts, cuts)]
+    look_ups += [whole, partial(_turned_pairs, discs)]
     looked: list[Rows] = []
-    jobs, steps = range(len(crops) + 2), len(crops) + 3
-    for pairs in map_in_processes(looked_up, jobs, looked_up):
+    steps = len(look_ups) + 1
+    for pairs in map_in_processes(_called, look_ups, _called):
         looked.append(pairs)
         told(len(looked), steps)
     *cropped, plain, turned = looked
@@ -109,6 +109,10 @@ def near_pairs(
     found += [(turned, "turned"), (_bridges(discs, found), "turned")]
     told(steps, steps)
     return _joined([(rows[pairs], how) for pairs, how in found])
+
+
+def _called(look_up: Callable[[], Rows]) -> Rows:
+    return look_up()
 
 
 class _Views:
