@@ -188,6 +188,6 @@ def test_pairs_are_the_same_in_whatever_blocks_pictures_are_looked_up(
     looks.set(np.arange(len(arrays)), [Seen.of(pixels, "uint8") for pixels in arrays])
     expected = [(k, 9 + k) for k in range(4)]
     for block in (2, 3, 100):
-        monkeypatch.setattr(duplicates, "BLOCK", block)
+        monkeypatch.setattr(duplicates, "CHUNK", block)
         assert [pair[:2] for pair in near_hashes(hashes, asked)] == expected
         assert [pair[:2] for pair in near_pairs(looks, np.arange(13))] == expected

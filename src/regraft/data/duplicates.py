@@ -47,8 +47,7 @@ STEPS = (0.0, 0.0125, 0.025, 0.0375, 0.05)  # cut from a side when two pictures 
 # Least correlation of a copy (smooth, with slow changes taken away), measured likewise: 19 of 20
 # copies are above, all pairs of different pictures of clothing and CIFAR-10 below.
 LEAST = {"plain": (0.96, 0.965), "cropped": (0.95, 0.98), "turned": (0.92, 0.97)}
-CHUNK = 1024  # pairs compared at once: bounds memory
-BLOCK = 4 * CHUNK  # pictures looked up at once: bounds memory too
+CHUNK = 1024  # pairs compared, or pictures looked up, at once: bounds memory
 NOTHING: Rows = np.zeros((0, 2), np.int64)  # no pairs
 FINER = 4  # angles between those of a disc, when two discs are turned over each other
 
@@ -133,8 +132,8 @@ class _Views:
 
 
 def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    for start in range(0, len(array), BLOCK):
-        yield array[start : start + BLOCK]
+    for start in range(0, len(array), CHUNK):
+        yield array[start : start + CHUNK]
 
 
 def _turned_pairs(discs: _Views) -> Rows:

@@ -28,9 +28,9 @@ def assign_splits(
         groups: What must stay together: a patient, or the content hash of a single image.
         wanted: The splits to make; a split that the folder already has is left out.
     """
-    classes_of: dict[str, Counter[str]] = defaultdict(Counter)
+    labels_of: dict[str, list[str]] = defaultdict(list)
     for label, group in zip(labels, groups, strict=True):
-        classes_of[group][label] += 1
+        labels_of[group].append(label)
     totals = Counter(labels)
     shares = {"test": TEST_SHARE, "val": VAL_SHARE}
     room = {
@@ -39,8 +39,8 @@ def assign_splits(
         if split in wanted
     }
     split_of: dict[str, str] = {}
-    for group in sorted(classes_of, key=_place):
-        members = classes_of[group]
+    for group in sorted(labels_of, key=_place):
+        members = Counter(labels_of[group])
         split_of[group] = "train"
         for split, left in room.items():
             fits = sum(min(number, left[name]) for name, number in members.items())

@@ -278,7 +278,8 @@ class Session:
             train = _drawn(train, data.labels, share, seed)
         # Copies of one picture are a group: they may not teach and judge.
         names = [sample.group or sample.sha256 for sample in data.samples]
-        groups = np.unique(names, return_inverse=True)[1]
+        number_of = {name: number for number, name in enumerate(sorted(set(names)))}
+        groups = np.array([number_of[name] for name in names], np.int64)
         rows = train, data.rows("val")
         paths = tuple(sample.path for sample in data.samples)
         return Material(self.cache.images, data.labels, *rows, groups, self.cache.key, paths)
