@@ -256,7 +256,7 @@ def _decoded(
         digest = hashlib.sha256(pixels.tobytes()).digest()[:DIGEST_BYTES]
         digests[row] = np.frombuffer(digest, np.uint8)
         ends[row] = (0, 255) if whole.dtype == np.uint8 else (whole.min(), whole.max())
-        return bool((pixels == pixels[..., :1]).all())
+        return whole.shape[2] == 1 or bool((pixels == pixels[..., :1]).all())
 
     for row, found in enumerate(map_in_threads(decode, range(number))):
         if isinstance(found, UnreadableImage):

@@ -162,7 +162,7 @@ def read_whole(content: bytes | Pixels, *, size: tuple[int, int] | None = None) 
 
     Args:
         content: As `read_content` gives it.
-        size: If it will be resized to this (height, width): a JPEG may then come smaller.
+        size: If it will be `resized` to this (height, width): it may then come so already.
 
     Raises:
         UnreadableImage: It cannot be decoded exactly.

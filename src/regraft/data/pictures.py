@@ -50,7 +50,8 @@ def picture_pixels(content: bytes, kind: str, size: tuple[int, int] | None) -> P
     Args:
         content: The file.
         kind: Of `KINDS`.
-        size: A JPEG may come smaller than it is, but at least twice this (height, width).
+        size: To which (height, width) one of 8 bits is stretched; a JPEG is decoded at no more than
+            twice that, as far as it can.
 
     Raises:
         UnreadableImage: It is damaged, too large, or of a mode without an exact reading.
@@ -70,7 +71,8 @@ def picture_pixels(content: bytes, kind: str, size: tuple[int, int] | None) -> P
             # A PNG may name one grey value or colour as transparent, without an alpha channel.
             has_alpha = "transparency" in image.info and image.mode in ("1", "L", "RGB")
             mode = {"1": "L"}.get(image.mode, image.mode) + "A" if has_alpha else image.mode
-            pixels = np.asarray(_TO_ARRAY[mode](image))
+            plain = _TO_ARRAY[mode](image)
+            pixels = np.asarray(plain if size is None else _stretched(plain, size))
         except DAMAGES as error:
             is_cut = "truncated" in str(error).lower()
             raise UnreadableImage("truncated" if is_cut else "damaged", _told(error)) from error
@@ -100,24 +102,23 @@ def lzw_decoded(packed: bytes, size: int) -> bytes:
 
 def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """Returns the pixels stretched to (height, width), bilinear with antialiasing."""
-    height, width = size
-    if pixels.shape[:2] == (height, width):
+    if pixels.shape[:2] == size:
         return pixels
     if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        stretched = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-        return stretched.reshape(height, width, -1)
+        return np.asarray(_stretched(image, size)).reshape(*size, -1)
     # Float planes hold every 16-bit value exactly, and take any number of channels.
     planes = [
-        np.asarray(
-            Image.fromarray(pixels[:, :, channel].astype(np.float32)).resize(
-                (width, height), Image.Resampling.BILINEAR
-            )
-        )
+        np.asarray(_stretched(Image.fromarray(pixels[:, :, channel].astype(np.float32)), size))
         for channel in range(pixels.shape[2])
     ]
     stacked = np.stack(planes, axis=2)
     return stacked if pixels.dtype == np.float32 else np.rint(stacked).astype(pixels.dtype)
+
+
+def _stretched(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def as_shown(pixels: Pixels, intensity_range: tuple[float, float] | None = None) -> Pixels:
