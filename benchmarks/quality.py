@@ -6,9 +6,9 @@
 
 Each rule starts from the same weights and sees the same labelled images; four fifths teach and one
 fifth judges (`auto` and `scratch` may divide them otherwise), and each takes STEPS optimiser steps,
-those of its choosing included. Tuning pairs were looked at while `auto` was made, report pairs only
-after. A seed draws the target images, the split and everything random. Results go to
-`benchmarks/results/quality`, one file a cell.
+those of its choosing included. `auto` was made on the tuning pairs; how often the report pairs were
+looked at on the way, docs/quality.md tells. A seed draws the target images, the split and
+everything random. Results go to `benchmarks/results/quality`, one file a cell.
 """
 
 import argparse
@@ -318,18 +318,20 @@ def _source(pair: Pair, engine: Engine) -> Path:
 
 
 def table(pairs: list[Pair], rules: list[str], seeds: int) -> str:
-    """Returns means and spreads, mean ranks, and what `auto` has over the best of the others."""
+    """Returns means and spreads, mean ranks, and rows that `auto` wins and loses by its mean."""
     lines = [
         "| pair, images of a class | " + " | ".join(rules) + " |",
         "|---" * (len(rules) + 1) + "|",
     ]
     ranks: dict[str, list[float]] = {rule: [] for rule in rules}
+    rows: list[dict[str, float]] = []
     for pair in pairs:
         for size in pair.sizes:
             scores = {rule: _scores(pair.name, size, seeds, rule) for rule in rules}
             if not all(scores.values()):
                 continue
             means = {rule: float(np.mean(found)) for rule, found in scores.items()}
+            rows.append(means)
             for rule, found in means.items():
                 higher = sum(other > found for other in means.values())
                 ranks[rule].append(1 + higher)
@@ -338,6 +340,11 @@ def table(pairs: list[Pair], rules: list[str], seeds: int) -> str:
     if ranks[rules[0]]:
         mean = [f"{np.mean(ranks[rule]):.2f}" for rule in rules]
         lines.append("| mean rank | " + " | ".join(mean) + " |")
+        if "auto" in rules:
+            wins = [sum(row["auto"] > row[rule] for row in rows) for rule in rules]
+            losses = [sum(row["auto"] < row[rule] for row in rows) for rule in rules]
+            counts = [f"{won}, {lost}" for won, lost in zip(wins, losses, strict=True)]
+            lines.append("| `auto` wins, loses | " + " | ".join(counts) + " |")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ PLACE = Path(__file__).with_name("reference.md")
 OTHER_CODES = {
     0: "done",
     70: "a mistake of regraft's own; please report what it printed",
+    129: "stopped by SIGHUP (a closed terminal); what was learned is kept",
     130: "stopped by SIGINT; what was learned is kept",
     143: "stopped by SIGTERM; what was learned is kept",
 }

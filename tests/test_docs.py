@@ -23,7 +23,7 @@ from regraft import cli
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [
     "how-to/from-torch", "how-to/own-network", "how-to/medical-images", "how-to/predict",
-    "how-to/export",
+    "how-to/export", "how-to/check",
 ]  # fmt: skip
 SLOW = ["tutorial", "how-to/from-keras", "how-to/read-a-verdict"]
 # In place of what the page says.

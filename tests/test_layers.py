@@ -30,7 +30,7 @@ COMMANDS = {
 }
 DOORS = {
     "timm": {"models/architectures.py"},
-    "accelerate": {"engine.py"},
+    "accelerate": {"engine.py", "training/tracking.py"},
     "PIL": {"data/pictures.py"},
     "tifffile": {"data/deep.py"},
     "imagecodecs": {"data/deep.py"},
@@ -59,6 +59,7 @@ WITHOUT_TORCH = {
     "errors.py", "faults.py", "documents.py", "disk.py", "manifests.py", "storage.py",
     "changing.py", "locks.py", "progress.py", "inputs.py", "run.py", "cli.py", "terminal.py",
     *COMMANDS, "training/recipe.py", "training/settings.py", "training/records.py",
+    "training/tracking.py",
     "parallel.py", "data/dataset.py",
 }  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from regraft.api import check
+from regraft.delivery.findings import write_findings
 from regraft.delivery.gate import Access, Limits
 from regraft.delivery.report import write_report
 from regraft.inputs import InputSpec
@@ -245,18 +247,29 @@ def test_the_page_has_no_serious_fault_and_fits(
 
 
 @pytest.mark.parametrize(("viewport", "scheme"), LOOKS)
-@pytest.mark.parametrize("kind", ["run", "comparison"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "check"])
 @pytest.mark.fault("L1", "L4")
 def test_a_report_has_no_serious_fault_and_fits(
-    look: Callable[..., Any], tmp_path: Path, kind: str, viewport: Any, scheme: str
+    look: Callable[..., Any],
+    make_shapes: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    viewport: Any,
+    scheme: str,
 ) -> None:
     if kind == "run":
-        folder = make_run(tmp_path / "run", names=HOSTILE)
+        out = write_report([make_run(tmp_path / "run", names=HOSTILE)], tmp_path / "report.html")
+    elif kind == "comparison":
+        out = write_report([make_comparison(tmp_path / "comparison")], tmp_path / "report.html")
     else:
-        folder = make_comparison(tmp_path / "comparison")
-    out = write_report([folder], tmp_path / "report.html")
+        root = make_shapes(("a", "b"), 6, splits=("train", "test"))
+        shutil.copy(next((root / "train/a").iterdir()), root / "test/b" / "copy.png")
+        out = write_findings(check([root]), tmp_path / "check.html")
     page = look(out.as_uri(), viewport, scheme)
     assert serious_faults(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    if kind == "check":
+        assert page.locator("img").first.evaluate("image => image.naturalWidth") > 0
+        return
     coloured = page.locator("figure svg path").first.evaluate("one => getComputedStyle(one).stroke")
     assert coloured.startswith("rgb")

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import UsageError
+from regraft.training.cautions import cautions
 from regraft.training.recipe import Phase, Recipe
 from regraft.training.settings import parse_assignments
 
@@ -150,3 +151,27 @@ def test_the_control_learns_everything_at_the_scratch_rate_for_longer() -> None:
 def test_the_control_of_a_probe_still_trains() -> None:
     control = resolved(resolved(Recipe.transfer("head"), 200).as_scratch(), 200)
     assert int(control.phases[0].epochs) >= 60
+
+
+@pytest.mark.parametrize(
+    ("goal", "changes", "images", "grey", "told"),
+    [
+        ("scratch", {"augment": "natural"}, 500, True, ["`augment` = natural"]),
+        ("transfer", {"augment": "trivial"}, 500, True, ["`augment` = trivial"]),
+        ("scratch", {"augment": "natural"}, 500, False, []),
+        ("scratch", {}, 500, True, []),
+        ("transfer", {"mixup": 0.2}, 19_999, False, ["`mixup` seldom pays"]),
+        ("transfer", {"mixup": 0.2}, 20_000, False, []),
+        ("scratch", {"label_smoothing": 0.1}, 500, False, ["a head on frozen stages worse"]),
+        ("transfer", {"label_smoothing": 0.1}, 500, False, []),
+    ],
+)
+def test_what_seldom_pays_is_done_and_told(
+    goal: str, changes: dict[str, object], images: int, grey: bool, told: list[str]
+) -> None:
+    recipe = Recipe.scratch() if goal == "scratch" else Recipe.transfer("lp-ft")
+    asked = resolved(recipe.changed(changes), images=images, grey=grey)
+    found = list(cautions(asked, num_images=images, is_grey=grey))
+    assert len(found) == len(told)
+    assert all(part in caution for part, caution in zip(told, found, strict=True))
+    assert asked.augment == changes.get("augment", "gentle" if grey else "natural")

@@ -14,7 +14,7 @@ regraft pretrain "$dataset1" --out "$out/source" --arch vgg16_bn --image-size 96
 # 2. Judge it on Dataset1's test images: in order, not augmented.
 regraft evaluate "$out/source" "$dataset1"
 
-# 3. Carry the backbone over to Dataset2, head first, then everything gently.
+# 3. Carry the backbone over to Dataset2; what learns, and how fast, is searched for.
 regraft finetune "$dataset2" "$@" --start "$out/source" --out "$out/target"
 regraft evaluate "$out/target" "$dataset2"
 

@@ -20,7 +20,7 @@ def one_thread(function: Function) -> Function:
     """Keeps linear algebra on one thread.
 
     A second one of OpenBLAS waits by spinning: beside another job on the same cores one thread is
-    3 to 25 times as fast (docs/log.md 2026-11-25).
+    3 to 12 times as fast (docs/log.md 2026-11-25).
     """
     return cast(Function, threadpool_limits.wrap(limits=1, user_api="blas")(function))
 

@@ -9,6 +9,7 @@ from regraft.commands.arguments import (
     Flag,
     Json,
     Many,
+    Tracking,
     TrainingArguments,
     parse_shares,
     required_start,
@@ -23,6 +24,7 @@ def pretrain(
     *,
     out: Path,
     arch: str = "vgg16_bn",
+    track: Tracking = None,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
 ) -> None:
@@ -36,18 +38,23 @@ def pretrain(
         Folder of the Run; new.
     arch
         Any architecture of timm, or your own network as file.py:factory.
+    track
+        Show epochs in this tool too, which is to be installed. TensorBoard finds them in
+        tensorboard, beside the Run; MLflow where MLFLOW_TRACKING_URI says.
     """
     from regraft import api
     from regraft.training.recipe import Recipe
+    from regraft.training.tracking import tracked
 
     chosen = training.settled(Recipe.scratch())  # a mistake there is told before data is read
-    with progress() as told:
+    engine = training.engine()
+    with progress() as seen, tracked(seen, track, out) as told:
         run = api.pretrain(
             reading.open(data, told),
             out=out,
             arch=arch,
             recipe=chosen,
-            engine=training.engine(),
+            engine=engine,
             on_progress=told,
         )
     finished(run.folder, run.status, data)
@@ -63,6 +70,7 @@ def finetune(
     arch: str | None = None,
     adapt: Many = (),
     plan: Path | None = None,
+    track: Tracking = None,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
 ) -> None:
@@ -81,6 +89,8 @@ def finetune(
         (stages), lp-ft (the head, then everything gently), or full.
     plan
         plan.json or winner.json of an earlier search, to repeat it.
+    track
+        As for pretrain; what a search tries, too.
     arch
         Only to name your own network again (file.py:factory).
     adapt
@@ -88,11 +98,13 @@ def finetune(
     """
     from regraft import api
     from regraft.training.plan import Plan
+    from regraft.training.tracking import tracked
 
     start = required_start(start, strategy)
     chosen = training.transfer(strategy)
     repeated = None if plan is None else Plan.read(plan)
-    with progress() as told:
+    engine = training.engine()
+    with progress() as seen, tracked(seen, track, out) as told:
         run = api.finetune(
             reading.open(data, told),
             out=out,
@@ -101,7 +113,7 @@ def finetune(
             recipe=chosen,
             adapt=adapt,
             plan=repeated,
-            engine=training.engine(),
+            engine=engine,
             on_progress=told,
         )
     finished(run.folder, run.status, data)

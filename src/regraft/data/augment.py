@@ -46,7 +46,7 @@ class Augmentation:
 
 
 # Grey, medical, characters: left is not right, and small findings must not be erased.
-# Ranges assumed; that they help is measured: docs/log.md 2026-11-23.
+# Ranges assumed.
 GENTLE = Augmentation(rotate=10, zoom=0.1, stretch=0.05, shift=0.08, brightness=0.1, contrast=0.1)
 AUGMENTATIONS = {
     "none": Augmentation(),

@@ -29,7 +29,7 @@ LINGER_S = 0.3  # a refused sender may read why before the connection ends; assu
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server grants; all values assumed, but for those measured in docs/log.md."""
+    """What one server grants; all values assumed."""
 
     body_bytes: int = 32 * 2**20  # above a radiograph of 16 megapixels at 16 bits
     buffered_bytes: int = 256 * 2**20  # of all bodies together

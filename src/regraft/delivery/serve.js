@@ -187,10 +187,12 @@ const cell = (value) => `"${String(value).replace(/^(?=[=+\-@\t\r\0])/, "'").rep
 
 function save() {
   const names = Object.keys(records.find(({ answer }) => answer)?.answer.probabilities ?? {});
-  const rows = [["file", "predicted", ...names.map((name) => `p(${name})`), "error"].map(cell)];
+  const marks = ["unsure", "unfamiliar"].filter((mark) => records.some(({ answer }) => answer && mark in answer));
+  const rows = [["file", "predicted", ...names.map((name) => `p(${name})`), ...marks, "error"].map(cell)];
   for (const { file, answer, error } of records) {
     const numbers = names.map((name) => (answer ? answer.probabilities[name] : '""'));
-    rows.push([cell(file), cell(answer?.predicted ?? ""), ...numbers, cell(error ?? "")]);
+    const marked = marks.map((mark) => cell(String(answer?.[mark] ?? "")));
+    rows.push([cell(file), cell(answer?.predicted ?? ""), ...numbers, ...marked, cell(error ?? "")]);
   }
   const link = made("a");
   link.href = URL.createObjectURL(new Blob([rows.map((row) => row.join(",") + "\r\n").join("")], { type: "text/csv" }));

@@ -234,7 +234,7 @@ class Recipe(BaseModel):
             UsageError: The strategy is not known.
         """
         head = Phase(learns="head", epochs=1)
-        decay = 0.7  # per stage; assumed, checked on our own data: docs/log.md 2026-11-23
+        decay = 0.7  # per stage; assumed
         if strategy == "head":
             phases: tuple[Phase, ...] = (head,)
         elif strategy == "full":

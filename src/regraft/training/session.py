@@ -39,6 +39,7 @@ from regraft.progress import Note, OnProgress, counting, duration, quiet
 from regraft.run import PLACE, Run, refuse_existing
 from regraft.storage import Store, make_folder, write_file
 from regraft.training.auto import tune
+from regraft.training.cautions import cautions
 from regraft.training.contract import contract, place
 from regraft.training.doubting import with_doubt
 from regraft.training.feeds import Material
@@ -284,15 +285,21 @@ class Session:
         paths = tuple(sample.path for sample in data.samples)
         return Material(self.cache.images, data.labels, *rows, groups, self.cache.key, paths)
 
-    def estimate(self, backbone: Backbone, recipe: Recipe) -> None:
-        """Tells how long a training will take, from a measured step; a search tells its plan."""
+    def announce(self, backbone: Backbone, recipe: Recipe) -> None:
+        """Tells what speaks against a recipe, and how long it will take, from a measured step.
+
+        A search tells its plan instead.
+        """
+        number = len(self.dataset.rows("train"))
+        for caution in cautions(recipe, num_images=number, is_grey=self.cache.is_grey):
+            self.on_progress(Note(f"warning: {caution}"))
         epochs = recipe.num_epochs
         if recipe.search != "none" or not epochs:
             return
         size, batch = self.inputs.size, int(recipe.batch_size)
         self.engine.place(backbone)
         seconds = self.engine.seconds_per_image(backbone, self.inputs.channels, size, batch)
-        total = seconds * epochs * len(self.dataset.rows("train")) / self.engine.shard[1]
+        total = seconds * epochs * number / self.engine.shard[1]
         shorter = ""
         if total > 3600 and min(size) > 64:
             smaller = total * 64 * 64 / (size[0] * size[1])  # work grows with the pixels
