@@ -53,16 +53,25 @@ def test_tensorboard_shows_the_figures_of_the_run(
     knees = make_shapes(("c", "d"), 12, name="knees", seed=1)
     options = ["--start", "runs/source", "--out", "runs/target", "--device", "cpu"]
     assert regraft("finetune", str(knees), *options, *SMALL[:4], "--track", "tensorboard") == 0
-    for one in lines(Path("runs/target/trials.jsonl")):
+    tried = [one for one in lines(Path("runs/target/trials.jsonl")) if one["loss"] is not None]
+    assert {"probe", "bold", "firm", "head"} <= {one["candidate"] for one in tried}
+    for one in tried:
         step = (round(100 * one["share"]), one["loss"])
         assert step in shown("target", f"{one['candidate']}/loss")
 
 
 def test_mlflow_shows_the_figures_of_the_run(
-    pretrain: Callable[[str], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    pretrain: Callable[[str], int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "kept").as_uri())
+    assert pretrain("mlflow") == 5  # it discourages plain files
+    assert "mlflow refuses to begin: The filesystem" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     assert pretrain("mlflow") == 0
     (kept,) = (tmp_path / "kept").rglob("metrics/val_loss")
     values = [float(line.split()[1]) for line in kept.read_text().splitlines()]

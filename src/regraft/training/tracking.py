@@ -27,13 +27,12 @@ def tracked(on_progress: OnProgress, tool: Tool | None, out: Path) -> Iterator[O
         out: Folder of the Run; its name is that of the tool's run.
 
     Raises:
-        EnvironmentFault: The tool is not installed.
+        EnvironmentFault: The tool is not installed, or refuses.
     """
     if tool is None:
         yield on_progress
         return
-    tracker = _tracker(tool, out)
-    tracker.start()
+    tracker = _started(tool, out.resolve())
 
     def tell(record: object) -> None:
         if isinstance(record, Epoch):
@@ -51,15 +50,26 @@ def tracked(on_progress: OnProgress, tool: Tool | None, out: Path) -> Iterator[O
         tracker.finish()
 
 
-def _tracker(tool: Tool, out: Path) -> Any:
+def _started(tool: Tool, out: Path) -> Any:
     from accelerate.tracking import MLflowTracker, TensorBoardTracker
     from accelerate.utils import is_mlflow_available, is_tensorboard_available
 
     is_there = {"tensorboard": is_tensorboard_available, "mlflow": is_mlflow_available}[tool]
     if not is_there():
         raise EnvironmentFault(f"{tool} is not installed", hint=f"pip install 'regraft[{tool}]'")
-    name = out.resolve().name
     if tool == "tensorboard":
-        return TensorBoardTracker(name, out.resolve().parent / "tensorboard")
+        tracker = TensorBoardTracker(out.name, out.parent / "tensorboard")
+        tracker.start()
+        return tracker
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report its use
-    return MLflowTracker("regraft", run_name=name)
+    from mlflow.exceptions import MlflowException
+
+    tracker = MLflowTracker("regraft", run_name=out.name)
+    try:
+        tracker.start()
+    except MlflowException as error:
+        raise EnvironmentFault(
+            f"mlflow refuses to begin: {error.message}",
+            hint="set MLFLOW_TRACKING_URI to where it keeps its runs",
+        ) from error
+    return tracker
