@@ -62,21 +62,26 @@ def bars(make_shapes: MakeShapes) -> tuple[Material, InputSpec]:
 @pytest.mark.parametrize(
     ("learns", "epochs", "num_frozen"), [("head", 1, 5), ("last:1", 2, 4), ("last:3", 2, 2)]
 )
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
 @pytest.mark.fault("D11")
 def test_frozen_stages_stay_bit_identical(
-    bars: tuple[Material, InputSpec], learns: str, epochs: int, num_frozen: int
+    bars: tuple[Material, InputSpec], learns: str, epochs: int, num_frozen: int, batch_norm: str
 ) -> None:
     found, inputs = bars
     classifier = classifier_of("resnet10t", inputs)
     before = state_of(classifier.backbone)
-    recipe = settled(
-        Recipe(goal="transfer", phases=(Phase(learns=learns, epochs=epochs, lr=0.1),)), found
-    )
-    list(fit(classifier, found, recipe, ENGINE))
+    phase = {"learns": learns, "epochs": epochs, "lr": 0.1, "batch_norm": batch_norm}
+    recipe = settled(Recipe(goal="transfer", phases=(Phase.model_validate(phase),)), found)
+    learning: set[str] = set()
+    for told in fit(classifier, found, recipe, ENGINE):
+        if isinstance(told, Step):
+            named = classifier.backbone.named_parameters()
+            learning |= {name for name, parameter in named if parameter.requires_grad}
     after = classifier.backbone.state_dict()
     for stage, names in enumerate(classifier.backbone.stages):
         same = [torch.equal(before[name], after[name]) for name in names]
         assert all(same) if stage < num_frozen else not all(same), f"stage {stage}"
+        assert bool(learning & set(names)) == (stage >= num_frozen)
 
 
 @pytest.mark.fault("D11")
