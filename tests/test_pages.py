@@ -216,6 +216,22 @@ def test_the_keyboard_alone_is_enough(
     assert page.evaluate("document.activeElement.id") == "files"
 
 
+def test_the_saved_table_tells_what_is_unsure_and_unfamiliar(
+    url: str, look: Callable[..., Any], files: list[Path]
+) -> None:
+    shares = {"bacteria": 0.1, "normal": 0.9}
+    told = {"predicted": "normal", "probabilities": shares, "unsure": True, "unfamiliar": False}
+    page = look(url)
+    page.route("**/predict", lambda route: route.fulfill(json=told))
+    page.set_input_files("#files", files[:1])
+    page.locator(".card:not(.waiting)").wait_for()
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    head, row, _ = Path(download.value.path()).read_bytes().decode().split("\r\n")
+    assert head == '"file","predicted","p(bacteria)","p(normal)","unsure","unfamiliar","error"'
+    assert row == '"chest.png","normal",0.1,0.9,"true","false",""'
+
+
 def test_the_token_is_asked_for_and_kept(
     classifier: Path, look: Callable[..., Any], files: list[Path]
 ) -> None:
