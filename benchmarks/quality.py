@@ -237,8 +237,10 @@ def opened(pair: Pair) -> tuple[Dataset, Cache, Start]:
     return dataset, cached, start
 
 
-def cell_of(pair: Pair, size: int, seed: int) -> Cell:
-    dataset, cached, start = opened(pair)
+def cell_of(
+    pair: Pair, size: int, seed: int, known: tuple[Dataset, Cache, Start] | None = None
+) -> Cell:
+    dataset, cached, start = known or opened(pair)
     generator = np.random.default_rng(seed)
     pool = np.concatenate([dataset.rows("train"), dataset.rows("val")])
     if size:
@@ -266,10 +268,8 @@ def work(name: str, size: int, seed: int, rule: str) -> str:
     seconds = time.perf_counter() - began
     found = predict_dataset(classifier, cell.dataset, cell.cached, cell.test, cell.engine)
     assert found.truth is not None
-    right = found.predicted == found.truth
-    recalls = [right[found.truth == label].mean() for label in np.unique(found.truth)]
     document = {
-        "balanced_accuracy": float(np.mean(recalls)),
+        "balanced_accuracy": balanced_accuracy(found),
         "seconds": seconds,
         "predicted": found.predicted.tolist(),
         "truth": found.truth.tolist(),
@@ -280,6 +280,13 @@ def work(name: str, size: int, seed: int, rule: str) -> str:
     return (
         f"{name} {size} seed {seed} {rule}: {document['balanced_accuracy']:.3f} ({seconds:.0f} s)"
     )
+
+
+def balanced_accuracy(found: Predictions) -> float:
+    assert found.truth is not None
+    right = found.predicted == found.truth
+    recalls = [right[found.truth == label].mean() for label in np.unique(found.truth)]
+    return float(np.mean(recalls))
 
 
 def _file(pair: str, size: int, seed: int, rule: str) -> Path:

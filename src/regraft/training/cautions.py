@@ -27,6 +27,6 @@ def cautions(recipe: Recipe, *, num_images: int, is_grey: bool) -> Iterator[str]
         yield f"`mixup` seldom pays with fewer than {LEAST_TO_MIX:,} training images"
     if recipe.goal == "scratch" and recipe.label_smoothing:
         yield (
-            "features learned with `label_smoothing` serve a head on frozen stages worse "
+            "features learned with `label_smoothing` may serve a head on frozen stages worse "
             "(arXiv:2010.16402)"
         )
