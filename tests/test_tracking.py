@@ -1,5 +1,6 @@
 """What a training tells stands in TensorBoard and MLflow as it stands in the Run."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def test_mlflow_shows_the_figures_of_the_run(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "kept").as_uri())
     assert pretrain("mlflow") == 5  # it discourages plain files
     assert "mlflow refuses to begin: The filesystem" in capsys.readouterr().err
-    assert not Path("runs").exists()
+    assert regraft("resume", "runs/source") == 0
+    shutil.rmtree("runs")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     assert pretrain("mlflow") == 0
     (kept,) = (tmp_path / "kept").rglob("metrics/val_loss")
@@ -83,7 +85,18 @@ def test_a_tool_that_is_not_there_is_told_before_anything_is_done(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert pretrain("mlflow") == 5
+    assert "mlflow is not told where" in capsys.readouterr().err
     monkeypatch.setattr("accelerate.utils.is_mlflow_available", lambda: False)
     assert pretrain("mlflow") == 5
     assert "mlflow is not installed" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_where_a_training_is_refused_nothing_is_written(make_shapes: MakeShapes) -> None:
+    data = make_shapes(("a", "b"), 24)
+    before = sorted(data.rglob("*"))
+    asked = ["pretrain", str(data), "--out", str(data / "run"), "--arch", "resnet10t", *SMALL]
+    assert regraft(*asked, "--track", "tensorboard") == 2
+    assert sorted(data.rglob("*")) == before

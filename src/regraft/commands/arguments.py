@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from regraft.errors import UsageError
-from regraft.training.tracking import Tool
+from regraft.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from regraft.data.dataset import DataOptions, Dataset
@@ -23,7 +23,7 @@ Flag = Annotated[bool, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Many = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
 """May be repeated."""
-Tracking = Annotated[Tool | None, Parameter(group=TRAINING)]
+Track = Annotated[Tracker | None, Parameter(group=TRAINING)]
 DEFAULT_STRATEGY = "auto"  # as of Recipe.transfer; measured against fixed rules: docs/quality.md
 
 

@@ -9,7 +9,7 @@ from regraft.commands.arguments import (
     Flag,
     Json,
     Many,
-    Tracking,
+    Track,
     TrainingArguments,
     parse_shares,
     required_start,
@@ -24,7 +24,7 @@ def pretrain(
     *,
     out: Path,
     arch: str = "vgg16_bn",
-    track: Tracking = None,
+    track: Track = None,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
 ) -> None:
@@ -39,8 +39,8 @@ def pretrain(
     arch
         Any architecture of timm, or your own network as file.py:factory.
     track
-        Show epochs in this tool too, which is to be installed. TensorBoard finds them in
-        tensorboard, beside the Run; MLflow where MLFLOW_TRACKING_URI says.
+        Show epochs there too; it is to be installed. TensorBoard's files are in tensorboard,
+        beside the Run; MLflow's where MLFLOW_TRACKING_URI says.
     """
     from regraft import api
     from regraft.training.recipe import Recipe
@@ -70,7 +70,7 @@ def finetune(
     arch: str | None = None,
     adapt: Many = (),
     plan: Path | None = None,
-    track: Tracking = None,
+    track: Track = None,
     reading: DataArguments = DataArguments(),
     training: TrainingArguments = TrainingArguments(),
 ) -> None:
