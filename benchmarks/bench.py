@@ -1,6 +1,6 @@
 """regraft beside its peers, in one run on the same images: ratios, not seconds.
 
-    make bench                                       everything, about half an hour on 2 cores
+    make bench                                       everything, half an hour to an hour on 2 cores
     .venv/bin/python benchmarks/bench.py predict     one of: frozen, first, last, scratch, decode,
                                                      warm, predict, memory
 

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -52,6 +52,7 @@ ARCH = f"{HERE / 'small_vgg.py'}:net"
 RESULTS = HERE / "results" / "quality"
 SOURCES = HOME / "quality-sources"
 STEPS, BATCH, MOST_TEST = 800, 32, 2000
+NOTHING: Mapping[str, Any] = {}
 SEEDS = 6
 
 
@@ -228,19 +229,16 @@ RULES: dict[str, Callable[[Cell], Classifier]] = {
 
 
 @cache
-def opened(pair: Pair) -> tuple[Dataset, Cache, Start]:
-    engine = Engine("cpu")
-    start = Start.load(_source(pair, engine), ARCH, ())
+def opened(pair: Pair, source: Path | None = None) -> tuple[Dataset, Cache, Start]:
+    start = Start.load(source or trained_source(pair, SOURCES / pair.name), ARCH, ())
     dataset = Dataset.open(_folder(pair.target[0]), pair.target[1])
     channels = start.classifier.inputs.channels
     cached, dataset = Cache.build(dataset, (pair.side, pair.side), channels)
     return dataset, cached, start
 
 
-def cell_of(
-    pair: Pair, size: int, seed: int, known: tuple[Dataset, Cache, Start] | None = None
-) -> Cell:
-    dataset, cached, start = known or opened(pair)
+def cell_of(pair: Pair, size: int, seed: int, source: Path | None = None) -> Cell:
+    dataset, cached, start = opened(pair, source)
     generator = np.random.default_rng(seed)
     pool = np.concatenate([dataset.rows("train"), dataset.rows("val")])
     if size:
@@ -266,7 +264,7 @@ def work(name: str, size: int, seed: int, rule: str) -> str:
     began = time.perf_counter()
     classifier = RULES[rule](cell)
     seconds = time.perf_counter() - began
-    found = predict_dataset(classifier, cell.dataset, cell.cached, cell.test, cell.engine)
+    found = tested(cell, classifier)
     assert found.truth is not None
     document = {
         "balanced_accuracy": balanced_accuracy(found),
@@ -280,6 +278,10 @@ def work(name: str, size: int, seed: int, rule: str) -> str:
     return (
         f"{name} {size} seed {seed} {rule}: {document['balanced_accuracy']:.3f} ({seconds:.0f} s)"
     )
+
+
+def tested(cell: Cell, classifier: Classifier) -> Predictions:
+    return predict_dataset(classifier, cell.dataset, cell.cached, cell.test, cell.engine)
 
 
 def balanced_accuracy(found: Predictions) -> float:
@@ -314,13 +316,13 @@ def _folder(name: str) -> Path:
     return place
 
 
-def _source(pair: Pair, engine: Engine) -> Path:
+def trained_source(pair: Pair, out: Path, changes: Mapping[str, Any] = NOTHING) -> Path:
+    """Trains the network on the pair's source, if that is not done; returns the Run's folder."""
     name, options = pair.source
-    out = SOURCES / f"{pair.name}"
     if not (out / "final" / "manifest.json").exists():
         dataset = Dataset.open(_folder(name), options)
-        recipe = Recipe.scratch().changed({"image_size": pair.side, "channels": 3})
-        api.pretrain(dataset, out=out, arch=ARCH, recipe=recipe, engine=engine)
+        recipe = Recipe.scratch().changed({"image_size": pair.side, "channels": 3, **changes})
+        api.pretrain(dataset, out=out, arch=ARCH, recipe=recipe, engine=Engine("cpu"))
     return out
 
 

@@ -16,13 +16,7 @@ import numpy as np
 import quality
 import torch
 
-from regraft import api
-from regraft.data.cache import Cache
-from regraft.data.dataset import Dataset
-from regraft.engine import Engine
-from regraft.evaluation.testing import predict_dataset
-from regraft.training.recipe import Recipe
-from regraft.training.start import Start
+from regraft.run import Run
 
 SEEDS = 3
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,36 +37,19 @@ def main(name: str, size: int) -> None:
     print("|---|---|---|---|---|")
     for variant, changes in VARIANTS.items():
         with tempfile.TemporaryDirectory() as place:
-            source = trained(pair, Path(place) / "source", changes)
-            best = [epoch for epoch in source.epochs() if epoch["is_best"]][-1]
-            by_rule = judged(pair, size, Start.load(source.folder, quality.ARCH, ()))
-        scores = [f"{np.mean(own):.3f} +- {np.std(own, ddof=1):.3f}" for own in by_rule]
+            source = quality.trained_source(pair, Path(place) / "source", changes)
+            best = [epoch for epoch in Run.open(source).epochs() if epoch["is_best"]][-1]
+            scores = [judged(pair, size, source, rule) for rule in ("head", "auto")]
         own, rank = best["val_balanced_accuracy"], best["effective_rank"]
         print(f"| {variant} | {own:.3f} | {rank:.0f} | {' | '.join(scores)} |", flush=True)
 
 
-def trained(pair: quality.Pair, out: Path, changes: dict[str, Any]) -> Any:
-    name, options = pair.source
-    recipe = Recipe.scratch().changed({"image_size": pair.side, "channels": 3, **changes})
-    dataset = Dataset.open(quality._folder(name), options)
-    return api.pretrain(dataset, out=out, arch=quality.ARCH, recipe=recipe, engine=Engine("cpu"))
-
-
-def judged(pair: quality.Pair, size: int, start: Start) -> list[list[float]]:
-    """Returns balanced accuracies of head and `auto`, by seed."""
-    dataset = Dataset.open(quality._folder(pair.target[0]), pair.target[1])
-    channels = start.classifier.inputs.channels
-    cached, dataset = Cache.build(dataset, (pair.side, pair.side), channels)
-    found = []
-    for rule in ("head", "auto"):
-        scores = []
-        for seed in range(SEEDS):
-            cell = quality.cell_of(pair, size, seed, (dataset, cached, start))
-            classifier = quality.RULES[rule](cell)
-            table = predict_dataset(classifier, dataset, cached, cell.test, cell.engine)
-            scores.append(quality.balanced_accuracy(table))
-        found.append(scores)
-    return found
+def judged(pair: quality.Pair, size: int, source: Path, rule: str) -> str:
+    """Returns mean and spread of the balanced accuracy that a rule reaches from this source."""
+    cells = [quality.cell_of(pair, size, seed, source) for seed in range(SEEDS)]
+    tables = [quality.tested(cell, quality.RULES[rule](cell)) for cell in cells]
+    found = [quality.balanced_accuracy(table) for table in tables]
+    return f"{np.mean(found):.3f} +- {np.std(found, ddof=1):.3f}"
 
 
 if __name__ == "__main__":

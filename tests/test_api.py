@@ -110,6 +110,21 @@ def test_compare_answers_and_keeps_everything(
     assert [phase["learns"] for phase in control["recipe"]["phases"]] == ["all"]
 
 
+def test_a_comparison_says_once_what_speaks_against_its_recipe(
+    start: Path, make_shapes: MakeShapes, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    api.compare(
+        make_shapes(("x", "y"), 12),
+        out=tmp_path / "c",
+        start=start,
+        seeds=2,
+        recipe=Recipe.transfer("head").changed({"augment": "natural"}),
+        on_progress=lambda one: told.append(one.text) if isinstance(one, Note) else None,
+    )
+    assert sum("mirrors images" in text for text in told) == 1
+
+
 @pytest.mark.parametrize("strategy", ["lp-ft", "auto"])
 @pytest.mark.fault("D9")
 def test_test_images_never_reach_the_training(

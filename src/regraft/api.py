@@ -90,7 +90,8 @@ def pretrain(
     session = Session.prepare(dataset, inputs, engine or Engine(), on_progress)
     backbone.inputs = session.inputs
     recipe = session.resolved(recipe, backbone)
-    session.announce(backbone, recipe)
+    session.caution(recipe)
+    session.estimate(backbone, recipe)
     run = session.train(backbone, recipe, Path(out), {"verb": "pretrain"}).run
     session.on_progress(Note(worth_of_features(run)))
     return run
@@ -127,7 +128,8 @@ def finetune(
     recipe = session.resolved(recipe, backbone)
     record = begun.record(moves, session.dataset)
     on_progress(Note(transplant_table(record["transplant"])))
-    session.announce(backbone, recipe)
+    session.caution(recipe)
+    session.estimate(backbone, recipe)
 
     def random() -> Backbone:
         return begun.random_backbone(session.own_inputs, recipe.seed)

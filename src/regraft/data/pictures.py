@@ -50,8 +50,8 @@ def picture_pixels(content: bytes, kind: str, size: tuple[int, int] | None) -> P
     Args:
         content: The file.
         kind: Of `KINDS`.
-        size: To which (height, width) one of 8 bits is stretched; a JPEG is decoded at no more than
-            twice that, as far as it can.
+        size: To which (height, width) one of 8 bits is stretched, a JPEG from the smallest decoding
+            of at least twice that.
 
     Raises:
         UnreadableImage: It is damaged, too large, or of a mode without an exact reading.

@@ -71,6 +71,8 @@ class Arms:
         backbone, moves = self.begun.backbone(session.inputs, seed)
         random = self.begun.random_backbone(session.own_inputs, seed)
         record = self.begun.record(moves, session.dataset)
+        changes = {"seed": seed, "train_share": share}
+        transfer = session.resolved(self.asked.recipe.changed(changes), backbone)
         if share == 1:
             birth = deepcopy(random.state_dict())  # the probe changes its BatchNorm statistics
             self._probe("probe_random", random)
@@ -78,8 +80,7 @@ class Arms:
             if "probe_transplanted" not in self.found:
                 self._probe("probe_transplanted", backbone)
                 told(Note(transplant_table(record["transplant"])))
-        changes = {"seed": seed, "train_share": share}
-        transfer = session.resolved(self.asked.recipe.changed(changes), backbone)
+                session.caution(transfer)
         self._arm("transfer", backbone, transfer, record)
         plan = self.plans["transfer"]
         # Each arm's learning rate, weight decay and BatchNorm policy follow its own goal; data,

@@ -285,21 +285,21 @@ class Session:
         paths = tuple(sample.path for sample in data.samples)
         return Material(self.cache.images, data.labels, *rows, groups, self.cache.key, paths)
 
-    def announce(self, backbone: Backbone, recipe: Recipe) -> None:
-        """Tells what speaks against a recipe, and how long it will take, from a measured step.
-
-        A search tells its plan instead.
-        """
+    def caution(self, recipe: Recipe) -> None:
+        """Tells what speaks against a resolved recipe."""
         number = len(self.dataset.rows("train"))
         for caution in cautions(recipe, num_images=number, is_grey=self.cache.is_grey):
             self.on_progress(Note(f"warning: {caution}"))
+
+    def estimate(self, backbone: Backbone, recipe: Recipe) -> None:
+        """Tells how long a training will take, from a measured step; a search tells its plan."""
         epochs = recipe.num_epochs
         if recipe.search != "none" or not epochs:
             return
         size, batch = self.inputs.size, int(recipe.batch_size)
         self.engine.place(backbone)
         seconds = self.engine.seconds_per_image(backbone, self.inputs.channels, size, batch)
-        total = seconds * epochs * number / self.engine.shard[1]
+        total = seconds * epochs * len(self.dataset.rows("train")) / self.engine.shard[1]
         shorter = ""
         if total > 3600 and min(size) > 64:
             smaller = total * 64 * 64 / (size[0] * size[1])  # work grows with the pixels
