@@ -189,8 +189,8 @@ def make_comparison(
         "num_images": 757,
         "least_detectable": 0.01889,
         "sign_flip_p": None,
-        "mcnemar_p": [0.01234, 0.45678],
-        "delong_p": None,
+        "mcnemar_p": [0.00002, 0.45678],
+        "delong_p": [0.00003, 0.00004],
         "seconds": {"transfer": 4.0, "scratch": 9.0},
         "curve": [],
         "saved_images": None,
@@ -434,8 +434,8 @@ def test_numbers_on_the_page_are_those_of_the_files(tmp_path: Path) -> None:
     text = page_of(tmp_path, make_comparison(tmp_path / "c")).text
     assert "scratch 2 0.818 ± 0.027 0.818 ± 0.027" in text
     assert "probe, transplanted 1 0.910 0.910" in text
-    assert "McNemar’s test of accuracy (mid-p), each seed p = 0.012, 0.457" in text
-    assert "DeLong" not in text
+    assert "McNemar’s test of accuracy, largest of the seeds p = 0.457" in text
+    assert "DeLong’s test of AUROC, largest of the seeds p < 0.001" in text
     assert "chance – – 0.250 –" in text
 
 

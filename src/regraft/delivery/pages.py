@@ -34,7 +34,7 @@ def rendered(template: str, styles: tuple[str, ...], **values: Any) -> str:
     Args:
         template: Extends `page.html.jinja`, or is it.
         styles: Style sheets, in order; they are inlined.
-        values: What the template shows; filters: number, signed, whole, duration,
+        values: What the template shows; filters: number, signed, p_value, whole, duration,
             shown, placeless, figure.
 
     Raises:
@@ -59,6 +59,7 @@ def rendered(template: str, styles: tuple[str, ...], **values: Any) -> str:
     filters: dict[str, Callable[..., str]] = {
         "number": number,
         "signed": signed,
+        "p_value": p_value,
         "whole": whole,
         "duration": duration,
         "shown": shown,
@@ -87,6 +88,11 @@ def signed(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "unknown"
     return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
+def p_value(value: float) -> str:
+    """Returns `p = 0.012`, or `p < 0.001`: it is never 0."""
+    return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
 
 
 def whole(value: int) -> str:
